@@ -1,0 +1,343 @@
+"""The one shared drawer: errors, config, devices, checkpoints, EMA, the log line.
+
+A checkpoint is a directory, never a pickle:
+    config.json             resolved config, our version, step, a CRC-32 of every other file
+    model.safetensors       weights as trained          (what the hub's from_pretrained expects)
+    ema.safetensors         their moving average        (what sampling uses when it is there)
+    optimizer.safetensors   optimiser moments and random-generator states, only in runs that can be resumed
+`latest` beside the checkpoints of a run is a text file that names the newest one.
+"""
+import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, shutil, sys, time, tomllib, zlib
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+VERSION = "0.1.0"
+ROOT = Path(__file__).resolve().parent
+ASSETS = ROOT / "assets"
+
+
+# ---------------------------------------------------------------------------- errors that a user can mend
+class UserError(Exception):
+    """Bad input: the message says in one line what is wrong and how to mend it."""
+
+
+@contextlib.contextmanager
+def friendly():
+    """Around every main(): a UserError (or a full disk) ends in one line on stderr and exit status 1, not in a traceback."""
+    try:
+        yield
+    except UserError as e:
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped by the keyboard")
+    except OSError as e:
+        if not is_disk_full(e):
+            raise
+        sys.exit(f"error: the disk is full ({e}): free some space and run the same command again")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def is_disk_full(e: Exception) -> bool:
+    return getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
+        s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
+
+
+# ---------------------------------------------------------------------------- config: TOML, then key=value
+def fill(obj, values: dict, where: str = "config", prefix: str = ""):
+    """Sets the fields of a (nested) dataclass from a dict. UserError names an unknown key's nearest neighbour, or a wrong type."""
+    for key, value in values.items():
+        name = prefix + key
+        if not hasattr(obj, key) or key.startswith("_"):
+            known = [f.name for f in dataclasses.fields(obj)]
+            near = difflib.get_close_matches(key, known, 1, 0.5)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else "known keys: " + ", ".join(known)
+            raise UserError(f"{where}: unknown key '{name}'; {hint}")
+        old = getattr(obj, key)
+        if dataclasses.is_dataclass(old):
+            if not isinstance(value, dict):
+                raise UserError(f"{where}: '{name}' is a table; set its keys, such as {name}.{dataclasses.fields(old)[0].name}=...")
+            fill(old, value, where, name + ".")
+            continue
+        if isinstance(old, float) and type(value) is int:
+            value = float(value)
+        if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
+            value = type(old)(value)
+            bad = [v for v in value if old and type(v) is not type(old[0])]
+            if bad:
+                raise UserError(f"{where}: '{name}' wants a list of {type(old[0]).__name__}, got {bad[0]!r} in it")
+        elif type(value) is not type(old):
+            raise UserError(f"{where}: '{name}' wants {type(old).__name__} (like {old!r}), got {value!r}")
+        setattr(obj, key, value)
+    return obj
+
+
+def read_config(cfg, argv: list[str], default: str | None = None):
+    """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`. Returns cfg."""
+    argv, path = list(argv), default
+    if argv and argv[0] in ("-h", "--help"):
+        print(f"usage: python {Path(sys.argv[0]).name} [--config FILE.toml] [key=value ...]\n\nkeys and their defaults:")
+        print(json.dumps(dataclasses.asdict(cfg), indent=1))
+        sys.exit(0)
+    if argv and argv[0].startswith("--config"):
+        first = argv.pop(0)
+        path = first.split("=", 1)[1] if "=" in first else argv.pop(0) if argv else None
+        if not path:
+            raise UserError("--config wants a file, such as --config configs/nano.toml")
+    if path:
+        try:
+            fill(cfg, tomllib.loads(Path(path).read_text()), str(path))
+        except FileNotFoundError:
+            raise UserError(f"no config file {path}; there are: " + ", ".join(sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.toml"))))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+            raise UserError(f"{path} is not valid TOML: {e}")
+    for arg in argv:
+        key, eq, text = arg.removeprefix("--").partition("=")
+        if not eq:
+            raise UserError(f"what is '{arg}'? Overrides are written key=value, such as lr=1e-3 or model.depth_mid=2")
+        try:
+            value = tomllib.loads(f"v = {text}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text                                    # an unquoted string, such as out=runs/a
+        for part in reversed(key.split(".")):
+            value = {part: value}
+        fill(cfg, value, "command line")
+    return cfg
+
+
+# ---------------------------------------------------------------------------- devices and processes
+def pick_device(name: str = "auto") -> torch.device:
+    """auto: CUDA, else Apple's MPS, else CPU. UserError where the one asked for is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device '{name}' is not available here; use device=cpu, or leave it at auto")
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps")
+
+
+def setup(device: str = "auto") -> tuple[torch.device, int, int]:
+    """Device, rank, world size. Joins the process group when torchrun started us; else (device, 0, 1)."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    dev = pick_device(device)
+    if world > 1:
+        if dev.type == "cuda":
+            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(dev)
+        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    if dev.type == "cuda":
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    else:
+        keep_memory_mapped()
+    return dev, (dist.get_rank() if world > 1 else 0), world
+
+
+def keep_memory_mapped():
+    """glibc hands big buffers back to the system after every op, and page faults then dominate CPU runs: tell it to keep them."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        for option in (-1, -3):                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            libc.mallopt(option, 2**30)
+
+
+# ---------------------------------------------------------------------------- checkpoints
+def crc32(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 22):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool = True):
+    """Writes {name}.safetensors for each entry of `tensors` and config.json into the directory `path`, all or nothing:
+    into a temporary directory, synced, then renamed. UserError when the disk is full; what was saved before stays."""
+    path = Path(path)
+    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    try:
+        for p in (tmp, old):
+            shutil.rmtree(p, ignore_errors=True)
+        tmp.mkdir(parents=True)
+        config = {**config, "version": VERSION, "crc32": {}}
+        for name, state in tensors.items():
+            file = tmp / f"{name}.safetensors"
+            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, file)  # safetensors refuses channels_last
+            sync(file)
+            config["crc32"][file.name] = crc32(file)
+        (tmp / "config.json").write_text(json.dumps(config, indent=1))
+        sync(tmp / "config.json")
+        sync(tmp)
+        if path.exists():
+            path.rename(old)
+        tmp.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        if latest:
+            pointer = path.with_name("latest.tmp")
+            pointer.write_text(path.name)
+            sync(pointer)
+            pointer.rename(path.with_name("latest"))
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(tmp, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if is_disk_full(e):
+            raise UserError(f"the disk is full: {path} was not written, older checkpoints are whole; free some space and resume") from e
+        raise
+
+
+def sync(path: Path):
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def resolve(path) -> Path:
+    """A checkpoint directory, or a run's directory (then the one that `latest` names)."""
+    path = Path(path)
+    pointer = path / "latest"
+    if pointer.is_file():
+        path = path / pointer.read_text().strip()
+    if not path.is_dir():
+        raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and model.safetensors")
+    return path
+
+
+def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
+    """Returns (config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
+    UserError when a file is missing, cut short or altered."""
+    path = resolve(path)
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} has no config.json: it is not a checkpoint of ours, or a half-written one; use another directory")
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}/config.json is damaged ({e}): use an older checkpoint of the run")
+    out = {}
+    for name in names:
+        file = path / f"{name}.safetensors"
+        if not file.is_file():
+            if name == names[0] or file.name in config.get("crc32", {}):
+                raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an older one")
+            continue
+        try:
+            expected = config.get("crc32", {}).get(file.name)
+            if expected is not None and crc32(file) != expected:
+                raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older checkpoint of the run")
+            with safe_open(file, framework="pt") as f:
+                out[name] = {k: f.get_tensor(k) for k in f.keys()}
+        except SafetensorError as e:
+            raise UserError(f"{file} is damaged or half-written ({e}): use an older checkpoint of the run")
+    return config, out
+
+
+def load_into(module: torch.nn.Module, state: dict, what: str):
+    """load_state_dict, with the first difference named in one line."""
+    own = module.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or wrong:
+        first = (f"lacks '{missing[0]}'" if missing else f"has an unknown '{extra[0]}'" if extra else
+                 f"'{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, the config wants {tuple(own[wrong[0]].shape)}")
+        raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+    module.load_state_dict(state)
+    return module
+
+
+# ---------------------------------------------------------------------------- EMA
+class EMA:
+    """Exponential moving average of a module's parameters in fp32. The decay warms up, so that short runs are averaged over their own length."""
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.names = [n for n, _ in module.named_parameters()]
+        self.source = [p for _, p in module.named_parameters()]
+        self.shadow = [p.detach().float().clone() for p in self.source]
+
+    @torch.no_grad()
+    def update(self):
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.source], 1 - decay)
+
+    def state_dict(self) -> dict:
+        return dict(zip(self.names, self.shadow))
+
+    def load_state_dict(self, state: dict, steps: int):
+        self.steps = steps
+        for name, shadow in zip(self.names, self.shadow):
+            shadow.copy_(state[name])
+
+    @contextlib.contextmanager
+    def swapped(self):
+        """Inside, the module holds the averaged weights; afterwards its own again."""
+        raw = [p.detach().clone() for p in self.source]
+        with torch.no_grad():
+            for p, s in zip(self.source, self.shadow):
+                p.copy_(s)
+            try:
+                yield
+            finally:
+                for p, r in zip(self.source, raw):
+                    p.copy_(r)
+
+
+# ---------------------------------------------------------------------------- log
+class Log:
+    """Prints the log line and appends it to a CSV: `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`.
+    Rows after `start` (written before an interruption, then repeated) are cut."""
+
+    def __init__(self, path, total: int, start: int = 0, quiet: bool = False):
+        self.path, self.total, self.quiet, self.begin, self.first = Path(path), total, quiet, time.time(), start
+        if quiet:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.rows = [r for r in read_log(self.path) if int(r["step"]) <= start] if start else []
+        self.write()
+
+    def write(self):
+        fields = list(dict.fromkeys(k for r in self.rows for k in r))
+        tmp = self.path.with_suffix(".tmp")
+        with open(tmp, "w", newline="") as f:
+            writer = csv.DictWriter(f, fields)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        tmp.rename(self.path)
+
+    def __call__(self, step: int, show: bool = True, **values):
+        if self.quiet:
+            return
+        self.rows.append({"step": step, **values})
+        self.write()
+        if show:
+            left = (time.time() - self.begin) / max(1, step - self.first) * (self.total - step)
+            parts = [f"step {step}/{self.total} ({100 * step // self.total}%)"] + [f"{k} {short(k, v)}" for k, v in values.items()]
+            print(" | ".join(parts + [f"eta {clock(left)}"]), flush=True)
+
+
+def read_log(path) -> list[dict]:
+    path = Path(path)
+    if not path.exists():
+        return []
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def short(key: str, v) -> str:
+    if not isinstance(v, float):
+        return str(v)
+    return f"{v:.1e}" if key == "lr" else f"{v:.0f}" if v >= 100 else f"{v:.4f}" if "loss" in key or key == "val" else f"{v:.2f}"
+
+
+def clock(seconds: float) -> str:
+    s = int(seconds)
+    return f"{s}s" if s < 90 else f"{s // 60}m" if s < 5400 else f"{s // 3600}h{s % 3600 // 60:02d}m"
