@@ -307,7 +307,7 @@ def background(name: str, size: int, rng) -> np.ndarray:
 def to_tensor(pictures):
     """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
     import torch
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image:
