@@ -1,0 +1,179 @@
+"""Text to picture.
+
+    python sample.py "three red cars left of a tree" -n 4 --seed 1 -o out.png
+    python sample.py "a dog" "a blue cat" --ckpt runs/nano --steps 28 --cfg 4 --sampler dpmpp
+
+Rectified flow (paper.md, section 4): x_t = (1 - t) x0 + t eps, the network gives v = eps - x0, so x0 = x_t - t v, and t = 1 is noise.
+A sampler is a pure function (velocity, x, times) -> x0, with velocity(x, t) -> v, and times from 1 down to 0.
+"""
+import argparse, sys, time
+
+import numpy as np
+import torch
+import torch.nn as nn
+from PIL import Image
+from tqdm import tqdm
+
+from common import ASSETS, UserError, fill, friendly, load_checkpoint, load_into, setup
+from data import grid
+from decoder import load_autoencoder
+from model import UNet, UNetConfig
+from text import Text, TextConfig, TextEncoder, tokenize
+
+
+# ---------------------------------------------------------------------------- samplers
+def shift_time(t, s: float):
+    """Esser et al. 2024, eq. 23: more time near the noise, for larger pictures. s = 1 changes nothing; SD3.5 takes 3 at 1024 px."""
+    return s * t / (1 + (s - 1) * t)
+
+
+def times(steps: int, shift: float) -> list[float]:
+    """1 -> 1/steps evenly, shifted, then 0. (diffusers shifts its smallest time twice, which nearly wastes the last step.)"""
+    return [shift_time(1 - i / steps, shift) for i in range(steps)] + [0.0]
+
+
+def euler(velocity, x, times):
+    """One evaluation a step."""
+    for t, s in zip(times, times[1:]):
+        x = x + (s - t) * velocity(x, t)
+    return x
+
+
+def heun(velocity, x, times):
+    """Karras et al. 2022, algorithm 1 without churn: two evaluations a step, one in the last."""
+    for t, s in zip(times, times[1:]):
+        v = velocity(x, t)
+        y = x + (s - t) * v
+        x = x + (s - t) * (v + velocity(y, s)) / 2 if s > 0 else y
+    return x
+
+
+def dpmpp(velocity, x, times):
+    """DPM-Solver++(2M), Lu et al. 2022, algorithm 2, for alpha = 1 - t, sigma = t. One evaluation a step, second order in the log
+    signal-to-noise ratio. The first and the last step are of first order: there the ratio is 0 or infinite."""
+    log_snr = lambda t: np.log((1 - t) / t)
+    old = old_t = None
+    for t, s in zip(times, times[1:]):
+        x0 = x - t * velocity(x, t)
+        D = x0
+        if old is not None and 0 < s and old_t < 1:
+            r = (log_snr(t) - log_snr(old_t)) / (log_snr(s) - log_snr(t))
+            D = x0 + (x0 - old) / (2 * r)
+        x = s / t * x + (1 - s - s / t * (1 - t)) * D       # = sigma_s/sigma_t x - alpha_s (e^-h - 1) D
+        old, old_t = x0, t
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp": dpmpp}
+
+
+def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
+    """velocity(x, t) with classifier-free guidance, both halves in one batch: v = v_empty + cfg (v_text - v_empty).
+    Outside the interval of t, or at cfg = 1, the text alone at half the cost (Kynkäänniemi et al. 2024)."""
+    L = max(text.emb.shape[1], empty.emb.shape[1])
+    pad = lambda x: nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, L - x.shape[1]))
+    both = Text(torch.cat([pad(text.emb), pad(empty.emb)]), torch.cat([pad(text.mask), pad(empty.mask)]))
+
+    def velocity(x, t):
+        time = lambda n: torch.full((n,), t, device=x.device)
+        if cfg == 1 or not interval[0] <= t <= interval[1]:
+            return net(x, time(len(x)), text.emb, text.mask)
+        v, v_empty = net(torch.cat([x, x]), time(2 * len(x)), both.emb, both.mask).chunk(2)   # (B, C, H, W) each
+        return v_empty + cfg * (v - v_empty)
+    return velocity
+
+
+# ---------------------------------------------------------------------------- the model that is trained: UNet and text encoder
+class TextToLatents(nn.Module):
+    def __init__(self, unet: UNetConfig, text: TextConfig):
+        super().__init__()
+        self.text, self.unet = TextEncoder(text), UNet(unet)
+
+    def forward(self, x, t, ids, mask):
+        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W). One call, so that DDP wraps both parts."""
+        text = self.text(ids, mask)
+        return self.unet(x, t, text.emb, text.mask)
+
+    def encode(self, captions: list[str]) -> Text:
+        ids, mask = tokenize(captions, self.text.cfg.max_tokens)
+        device = self.text.token.weight.device
+        return self.text(ids.to(device), mask.to(device))
+
+
+def load_model(path, device="cpu", ema: bool = True) -> tuple[TextToLatents, dict]:
+    """The averaged weights (raw ones where there is no average or ema is False) in fp32, frozen; and config.json."""
+    config, state = load_checkpoint(path, ("model", "ema"))
+    if "model" not in config or "text" not in config:
+        raise UserError(f"{path} is no text-to-picture checkpoint: its config.json lacks 'model' or 'text'")
+    net = TextToLatents(fill(UNetConfig(), config["model"], str(path)), fill(TextConfig(), config["text"], str(path)))
+    load_into(net, state["ema"] if ema and "ema" in state else state["model"], str(path))
+    return net.float().to(device).eval().requires_grad_(False), config
+
+
+def latents_noise(seeds, shape, device):
+    """(B, C, H, W), each picture's from its own seed: the same picture in any batch, on any device."""
+    return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
+
+
+@torch.inference_mode()
+def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0, interval=(0.0, 1.0), batch=16, progress=False):
+    """Captions and seeds, as many of each -> list of uint8 (H, W, 3). `size` in pixels, or (height, width)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    device, pictures = next(net.parameters()).device, []
+    bar = tqdm(total=len(captions), unit="picture", disable=not progress)
+    for i in range(0, len(captions), batch):
+        text, empty = net.encode(captions[i:i + batch]), net.encode([""])
+        n = len(text.emb)
+        empty = Text(empty.emb.expand(n, -1, -1), empty.mask.expand(n, -1))
+        noise = latents_noise(seeds[i:i + batch], (net.unet.cfg.in_channels, height // 8, width // 8), device)  # (B, 16, H/8, W/8)
+        latents = SAMPLERS[sampler](guided(net.unet, text, empty, cfg, interval), noise, times(steps, shift))
+        images = ae.decode(latents).clamp(-1, 1)                                                      # (B, 3, H, W)
+        pictures += list(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        bar.update(n)
+    bar.close()
+    return pictures
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("prompts", nargs="+", help="what to draw; several prompts make several pictures")
+    p.add_argument("--ckpt", default=str(ASSETS / "scenes"), help="checkpoint or run directory")
+    p.add_argument("--ae", default=str(ASSETS / "ae"), help="autoencoder's checkpoint")
+    p.add_argument("--steps", type=int, default=28)
+    p.add_argument("--cfg", type=float, default=4.0, help="guidance; 1 = none")
+    p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t at which guidance acts")
+    p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
+    p.add_argument("--shift", type=float, default=0.0, help="of time; 0 = as in training")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("-n", type=int, default=1, help="pictures a prompt")
+    p.add_argument("--size", type=int, nargs="+", default=[0], help="pixels, or height and width; 0 = as in training")
+    p.add_argument("--device", default="auto")
+    p.add_argument("-o", "--out", default="out.png")
+    a = p.parse_args(argv)
+    if any(not s.strip() for s in a.prompts):
+        raise UserError("the prompt is empty: say what to draw, such as \"a red car\"")
+    if a.steps < 1 or a.n < 1:
+        raise UserError(f"--steps and -n want 1 or more, got {a.steps} and {a.n}")
+    device, _, _ = setup(a.device)
+    net, config = load_model(a.ckpt, device)
+    size = config["data"]["size"] if a.size == [0] else a.size[0] if len(a.size) == 1 else tuple(a.size)
+    if bad := [s for s in ([size] if isinstance(size, int) else size) if s % 32 or s < 32] or (not isinstance(size, int) and len(size) != 2):
+        raise UserError(f"--size {a.size}: one or two multiples of 32 pixels, such as 64 or 64 96")
+    tokenize(a.prompts, net.text.cfg.max_tokens)            # complain before the work begins
+    ae = load_autoencoder(a.ae, device)
+    captions = [c for c in a.prompts for _ in range(a.n)]
+    begin = time.time()
+    pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, a.steps, a.cfg, a.sampler,
+                        a.shift or config["flow"]["shift"], tuple(a.interval), progress=True)
+    scale = max(1, 256 // pictures[0].shape[0]) if len(pictures) > 1 else 1
+    try:
+        sheet = grid(pictures, captions, a.n if len(a.prompts) > 1 else 0, scale) if len(pictures) > 1 else Image.fromarray(pictures[0])
+        sheet.save(a.out)
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot write {a.out}: {e}")
+    print(f"{a.out}: {len(pictures)} pictures of {pictures[0].shape[0]}x{pictures[0].shape[1]}, {(time.time() - begin) / len(pictures):.2f} s each ({a.steps} steps, {a.sampler}, cfg {a.cfg:g})")
+
+
+if __name__ == "__main__":
+    with friendly():
+        main(sys.argv[1:])
