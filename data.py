@@ -9,7 +9,7 @@ Six categories as in GenEval: single, two, counting, colors, position, attributi
 One in ten (noun, colour), (noun, count), {noun, noun} and (noun, relation, noun) is held out by a hash: never drawn for training,
 always for evaluation.
 """
-import functools, hashlib, io, json, random, sys, time
+import functools, hashlib, json, os, random, sys, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -98,6 +98,7 @@ class Sprites:
     """The atlas, recoloured and resized on demand. `folder`: transparent PNG / WebP files named by noun instead."""
 
     def __init__(self, folder=None):
+        self.folder = folder
         if folder:
             files = sorted(p for p in Path(folder).glob("*") if p.suffix.lower() in (".png", ".webp"))
             if not files:
@@ -113,6 +114,9 @@ class Sprites:
             cells = [(k % ATLAS_COLUMNS * ATLAS_CELL, k // ATLAS_COLUMNS * ATLAS_CELL) for k in range(len(NOUNS))]
             self.images = {n: atlas.crop((x, y, x + ATLAS_CELL, y + ATLAS_CELL)) for n, (x, y) in zip(NOUNS, cells)}
         self.get = functools.lru_cache(8192)(self._get)
+
+    def __reduce__(self):
+        return Sprites, (self.folder,)      # a worker process opens its own
 
     def _get(self, noun: str, colour: str, px: int):
         """(sprite, shadow): premultiplied RGBA of px by px, and a soft L image that is a little larger on all sides."""
@@ -302,6 +306,57 @@ def background(name: str, size: int, rng) -> np.ndarray:
             draw.ellipse((x - r, v - r, x + r, v + r), fill=(250, 245, 210) if name == "night" else None, outline=None if name == "night" else (190, 235, 245))
         out = np.asarray(picture)
     return out
+
+
+# ---------------------------------------------------------------------------- latents, made once
+@dataclass
+class DataConfig:
+    size: int = 64              # pixels
+    nouns: int = 12             # the first so many, 0 = all
+    layout: str = "slots"       # or free
+    pictures: int = 20000       # drawn once and kept as latents; their captions are worded anew each time
+    seed: int = 0
+    atlas: str = ""             # folder of your own sprites, transparent PNG / WebP named by noun
+    workers: int = 2            # processes that render
+    cache: str = "runs/cache"
+
+
+def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
+    return Scenes(cfg.size, split, cfg.seed, cfg.nouns, cfg.layout, atlas=cfg.atlas)
+
+
+def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 0):
+    """Latents of the first n scenes, float16 (n, 16, size/8, size/8), mapped from the cache or rendered, encoded and put there.
+    `ae_key` names the autoencoder's weights, so that a new one makes a new cache."""
+    import torch
+    from safetensors.torch import load_file, save_file
+    from tqdm import tqdm
+    n = n or cfg.pictures
+    key = hashlib.sha256(json.dumps([cfg.size, cfg.nouns, cfg.layout, cfg.seed, cfg.atlas, list(NOUNS), ae_key, split, n]).encode()).hexdigest()[:12]
+    path = Path(cfg.cache) / f"scenes-{cfg.size}px-{split}-{n}-{key}.safetensors"
+    if not path.exists():
+        scenes, device = scenes_of(cfg, split), next(ae.parameters()).device
+        loader = torch.utils.data.DataLoader(Pictures(scenes, n), 64, num_workers=cfg.workers)
+        with torch.inference_mode():
+            latents = torch.cat([ae.encode(to_tensor(b).to(device)).half().contiguous().cpu() for b in tqdm(loader, f"render and encode {n} {split} scenes", unit="batch")])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(f".tmp{os.getpid()}")
+        save_file({"latents": latents}, tmp)
+        tmp.rename(path)
+    return load_file(path)["latents"]
+
+
+class Pictures:
+    """The first n scenes as a torch dataset of uint8 arrays."""
+
+    def __init__(self, scenes, n):
+        self.scenes, self.n = scenes, n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, i):
+        return self.scenes.render(self.scenes.scene(i)).copy()
 
 
 def to_tensor(pictures):

@@ -1,0 +1,264 @@
+"""Trains the UNet and its text encoder by rectified flow. With no arguments: `nano`, on a laptop, in minutes.
+
+    python train.py [--config configs/nano.toml] [key=value ...]
+    torchrun --nproc_per_node 8 train.py --config configs/base.toml
+
+Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif, checkpoint/.
+Every random draw is a function of (seed, step, micro-batch, rank): no generator's state needs saving, and a resumed run equals an
+uninterrupted one bit for bit on a CPU.
+"""
+import contextlib, random, signal, sys, time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+
+from common import ASSETS, EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, read_log, save_checkpoint, setup
+from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
+from decoder import load_autoencoder
+from model import UNetConfig
+from sample import TextToLatents, generate, load_model, shift_time
+from text import TextConfig, tokenize
+
+
+@dataclass
+class FlowConfig:
+    mean: float = 0.0               # t = sigmoid(mean + std n), n normal: logit-normal (Esser et al. 2024)
+    std: float = 1.0
+    shift: float = 1.0              # t' = s t / (1 + (s - 1) t); 3 at 1024 px
+
+
+@dataclass
+class Config:
+    out: str = "runs/nano"
+    model: UNetConfig = field(default_factory=UNetConfig)
+    text: TextConfig = field(default_factory=TextConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    ae: str = str(ASSETS / "ae")
+    init: str = ""                  # checkpoint whose weights a new run starts from
+    steps: int = 4000
+    batch: int = 64                 # a process and micro-batch
+    accumulate: int = 1
+    lr: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.999
+    drop_caption: float = 0.1       # becomes the empty caption, which guidance needs
+    log_every: int = 50
+    eval_every: int = 500           # validation, sample grid, checkpoint
+    val_pictures: int = 256
+    sample_steps: int = 20
+    cfg: float = 4.0                # guidance of the sample grids
+    compile: bool = False
+    amp: str = "auto"               # auto: bfloat16 on CUDA, else float32; or by name
+    seed: int = 0
+    device: str = "auto"
+
+
+# ---------------------------------------------------------------------------- the flow, which the distillers import
+def flow_loss(velocity, x0, eps, t):
+    """Rectified flow (paper.md, section 4): velocity(x_t, t) should be eps - x0. Latents (B, C, H, W), t (B,) -> loss per picture (B,)."""
+    a = t[:, None, None, None]
+    v = velocity((1 - a) * x0 + a * eps, t)                     # (B, C, H, W)
+    return (v.float() - (eps - x0)).square().mean((1, 2, 3))
+
+
+def draw_times(cfg: FlowConfig, n, generator, device):
+    return shift_time(torch.sigmoid(cfg.mean + cfg.std * torch.randn(n, generator=generator, device=device)), cfg.shift)   # (n,)
+
+
+def lr_at(cfg, step: int) -> float:
+    """Linear warm-up, then a cosine to nothing."""
+    return cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-4)
+
+
+# ---------------------------------------------------------------------------- data
+class Batches:
+    """Batch number k of a process: latents in a new order each epoch, captions worded anew each time, some of them dropped."""
+
+    def __init__(self, cfg: Config, latents, device, rank, world):
+        if len(latents) < cfg.batch * world:
+            raise UserError(f"data.pictures={len(latents)} is less than one batch ({cfg.batch} x {world} processes): lower batch, or raise data.pictures")
+        self.cfg, self.scenes, self.device, self.rank, self.world = cfg, scenes_of(cfg.data), device, rank, world
+        self.latents = latents.to(device)                       # 2 kB each at 64 px: they fit
+        self.epoch = -1
+
+    def __call__(self, k: int):
+        cfg, per_epoch = self.cfg, len(self.latents) // (self.cfg.batch * self.world)
+        if k // per_epoch != self.epoch:
+            self.epoch = k // per_epoch
+            self.order = torch.randperm(len(self.latents), generator=torch.Generator().manual_seed(cfg.seed * 100003 + self.epoch))
+        first = (k % per_epoch * self.world + self.rank) * cfg.batch
+        index = self.order[first:first + cfg.batch]
+        rng = random.Random(f"{cfg.seed}/{k}/{self.rank}")
+        captions = ["" if rng.random() < cfg.drop_caption else self.scenes.caption(self.scenes.scene(i), rng) for i in index.tolist()]
+        ids, mask = tokenize(captions, cfg.text.max_tokens)
+        return self.latents[index.to(self.device)].float(), ids.to(self.device), mask.to(self.device)
+
+
+class Validation:
+    """Held-out scenes with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data."""
+
+    def __init__(self, cfg: Config, latents, device):
+        n, g, scenes = len(latents), torch.Generator().manual_seed(1234), scenes_of(cfg.data, "test")
+        self.x0, self.eps = latents.float().to(device), torch.randn(latents.shape, generator=g).to(device)
+        self.t = ((torch.arange(n) % 8 + torch.rand(n, generator=g)) / 8).to(device)
+        ids, mask = tokenize([scenes.caption(scenes.scene(i), random.Random(i)) for i in range(n)], cfg.text.max_tokens)
+        self.ids, self.mask = ids.to(device), mask.to(device)
+
+    @torch.no_grad()
+    def __call__(self, net, amp) -> np.ndarray:
+        """Mean loss per bin of t, (8,)."""
+        losses = []
+        for x0, eps, t, ids, mask in zip(*(x.split(64) for x in (self.x0, self.eps, self.t, self.ids, self.mask))):
+            with amp():
+                losses.append(flow_loss(lambda x, t: net(x, t, ids, mask), x0, eps, t))
+        losses, bins = torch.cat(losses).cpu(), (self.t * 8).long().clamp(max=7).cpu()
+        return np.array([losses[bins == b].mean().item() for b in range(8)])
+
+
+def plot(csv_path, out):
+    """The loss plot: training loss (grey), validation of the average (blue), log scale."""
+    rows = read_log(csv_path)
+    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k)], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
+    points = [p for line, _ in lines for p in line]
+    if len(points) < 2:
+        return
+    W, H, M = 640, 360, 46
+    low, high, end = np.log(min(p[1] for p in points)), np.log(max(p[1] for p in points)) + 1e-6, max(p[0] for p in points)
+    at = lambda p: (M + (W - 2 * M) * p[0] / end, H - M - (H - 2 * M) * (np.log(p[1]) - low) / (high - low))
+    image = Image.new("RGB", (W, H), (255, 255, 255))
+    d = ImageDraw.Draw(image)
+    for k in range(5):
+        value = float(np.exp(low + (high - low) * k / 4))
+        y = at((0, value))[1]
+        d.line((M, y, W - M, y), (230, 230, 230))
+        d.text((6, y - 6), f"{value:.3f}", (90, 90, 90))
+    for line, colour in lines:
+        d.line([at(p) for p in line], colour, 2)
+    d.text((M, H - M + 12), f"step 0 .. {end}   grey: training loss   blue: held-out loss of the averaged weights", (90, 90, 90))
+    image.save(out)
+
+
+# ---------------------------------------------------------------------------- the loop
+def train(cfg: Config):
+    device, rank, world = setup(cfg.device)
+    out, main = Path(cfg.out), rank == 0
+    torch.manual_seed(cfg.seed)
+    amp_on = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
+    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
+
+    ae = load_autoencoder(cfg.ae, device)
+    ae_key = f"{cfg.ae}/{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+    for turn in range(world):                                   # one process fills the cache, the others find it there
+        if turn == rank:
+            latents = latents_of(cfg.data, ae, ae_key)
+            held_out = latents_of(cfg.data, ae, ae_key, "test", cfg.val_pictures)
+        if world > 1:
+            torch.distributed.barrier()
+    batches, validation = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device)
+    test = scenes_of(cfg.data, "test")
+    shown = [test.scene(i, CATEGORIES[i % 6]) for i in range(24)]
+    prompts = [test.caption(s, random.Random(0)) for s in shown]
+
+    net = TextToLatents(cfg.model, cfg.text).to(device)
+    if cfg.init:
+        net.load_state_dict(load_model(cfg.init, device)[0].state_dict())
+    decay = [p for p in net.parameters() if p.ndim > 1]
+    opt = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0}],
+                            cfg.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    ema, start = EMA(net, cfg.ema), 0
+    if (out / "latest").exists():
+        saved, state = load_checkpoint(out, ("model", "ema", "optimizer"))
+        start = saved["step"]
+        load_into(net, state["model"], cfg.out)
+        ema.load_state_dict(state["ema"], saved["ema_steps"])
+        moments = {}
+        for key, value in state["optimizer"].items():
+            index, name = key.split(".")
+            moments.setdefault(int(index), {})[name] = value
+        opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
+    if main:
+        print(f"{cfg.out}: {sum(p.numel() for p in net.unet.parameters()) / 1e6:.2f} M UNet + {sum(p.numel() for p in net.text.parameters()) / 1e6:.2f} M text encoder, "
+              f"{len(latents)} pictures of {cfg.data.size} px, {device}" + (f", resumed at step {start}" if start else ""), flush=True)
+
+    run = torch.compile(net) if cfg.compile else net
+    if world > 1:
+        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
+    stop = []
+    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
+    log, clock, skipped, in_a_row, step = Log(out / "log.csv", cfg.steps, start, quiet=not main), time.time(), 0, 0, start
+
+    def save():
+        if main:
+            moments = {f"{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
+            save_checkpoint(out / "checkpoint", {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": moments},
+                            {**asdict(cfg), "step": step, "ema_steps": ema.steps})
+
+    def evaluate():
+        """Held-out loss of the raw and of the averaged weights, and the sample grid of the averaged ones."""
+        net.eval()
+        raw = validation(net, amp).mean()
+        with ema.swapped():
+            bins = validation(net, amp)
+            pictures = generate(net, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=32)
+        net.train()
+        grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
+        log(step, show=False, val=float(bins.mean()), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
+        print(f"step {step}: held-out loss {bins.mean():.4f} (raw weights {raw:.4f}); per bin of t " + " ".join(f"{v:.3f}" for v in bins), flush=True)
+        plot(out / "log.csv", out / "loss.png")
+
+    while step < cfg.steps and not stop:
+        for group in opt.param_groups:
+            group["lr"] = lr_at(cfg, step)
+        total = 0.0
+        for micro in range(cfg.accumulate):
+            k = step * cfg.accumulate + micro
+            x0, ids, mask = batches(k)                          # (B, C, H, W), (B, L), (B, L)
+            g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + k) * world + rank)
+            eps, t = torch.randn(x0.shape, generator=g, device=device), draw_times(cfg.flow, len(x0), g, device)
+            last = micro == cfg.accumulate - 1
+            with contextlib.nullcontext() if last or world == 1 else run.no_sync():
+                with amp():
+                    loss = flow_loss(lambda x, t: run(x, t, ids, mask), x0, eps, t).mean() / cfg.accumulate
+                loss.backward()
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+        if torch.isfinite(norm):
+            opt.step()
+            ema.update()
+            in_a_row = 0
+        else:                                                   # the same on all ranks: gradients are averaged already
+            skipped, in_a_row = skipped + 1, in_a_row + 1
+            culprit = next((n for n, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), "the norm alone")
+            print(f"step {step}: loss {float(total):.4g}, gradient not finite (first in {culprit}): step skipped, {skipped} so far", flush=True)
+            if in_a_row == 20:
+                raise UserError(f"20 steps in a row without a finite gradient: lower lr (now {cfg.lr:g}) or set amp=float32; the last good checkpoint is in {out}")
+        opt.zero_grad(set_to_none=True)
+        step += 1
+        if step % cfg.log_every == 0 and main:
+            seconds, clock = time.time() - clock, time.time()
+            memory = {"mem": f"{torch.cuda.max_memory_allocated() / 2**30:.1f}G"} if device.type == "cuda" else {}
+            log(step, loss=float(total), lr=lr_at(cfg, step - 1), grad=float(norm), **{"img/s": cfg.log_every * cfg.batch * cfg.accumulate * world / seconds}, **memory)
+        if (step % cfg.eval_every == 0 or step == cfg.steps) and not stop:
+            if main:
+                save()
+                evaluate()
+                clock = time.time()
+    if stop:
+        save()
+        print(f"stopped by SIGTERM, saved at step {step}: run the same command to go on", flush=True)
+    elif main:
+        frames = [Image.open(p).convert("RGB") for p in sorted(out.glob("samples_*.png"))]
+        if frames:
+            frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 4, duration=500, loop=0)
+        print(f"done: {out}/samples_{step:07d}.png, {out}/loss.png; try `python sample.py \"a red car\" --ckpt {out}`")
+
+
+if __name__ == "__main__":
+    with friendly():
+        train(read_config(Config(), sys.argv[1:], "configs/nano.toml"))
