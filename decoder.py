@@ -25,9 +25,10 @@ class AutoencoderConfig:
     widths: list[int] = field(default_factory=lambda: [128, 256, 512, 512])   # of the encoder, SD3's; scenes need far less
     layers: int = 2                 # residual blocks a stage of the encoder
     attention: bool = True          # in the encoder's middle
-    groups: int = 32                # of the encoder's GroupNorms
+    groups: int = 32                # of the encoder's GroupNorms; narrow widths want fewer: a norm over one channel forgets the colour
     tiny_widths: list[int] = field(default_factory=lambda: [256, 256, 128, 64])
     tiny_blocks: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
+    tiny_groups: int = 8            # of the decoder's GroupNorms, for the same reason
     scale: float = 1.5305           # z = (mean - shift) * scale has about unit variance; SD3's numbers
     shift: float = 0.0609
 
@@ -108,10 +109,10 @@ def separable(C_in, C_out, bias):
 class TinyBlock(nn.Module):
     """x + [ DW3x3 -> PW(C -> 2C) -> DW3x3 -> GN -> act -> PW(2C -> C) ]: one norm, which keeps the colours right, and no attention."""
 
-    def __init__(self, C):
+    def __init__(self, C, groups):
         super().__init__()
         self.body = nn.Sequential(separable(C, 2 * C, bias=False), nn.Conv2d(2 * C, 2 * C, 3, padding=1, groups=2 * C),
-                                  nn.GroupNorm(32, 2 * C), nn.SiLU(), nn.Conv2d(2 * C, C, 1, bias=False))
+                                  nn.GroupNorm(groups, 2 * C), nn.SiLU(), nn.Conv2d(2 * C, C, 1, bias=False))
         nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, x):
@@ -124,10 +125,10 @@ def tiny_decoder(cfg: AutoencoderConfig) -> nn.Sequential:
     W, layers = cfg.tiny_widths, []
     layers.append(separable(cfg.latent, W[0], bias=False))           # (B, C0, h, w)
     for i, (C, n) in enumerate(zip(W, cfg.tiny_blocks)):
-        layers += [TinyBlock(C) for _ in range(n)]
+        layers += [TinyBlock(C, cfg.tiny_groups) for _ in range(n)]
         if i < len(W) - 1:                                           # (B, C', 2h, 2w)
             layers += [nn.Upsample(scale_factor=2, mode="nearest"), separable(C, W[i + 1], bias=True)]
-    layers += [nn.GroupNorm(32, W[-1]), nn.SiLU(), separable(W[-1], 3, bias=False)]  # (B, 3, H, W)
+    layers += [nn.GroupNorm(cfg.tiny_groups, W[-1]), nn.SiLU(), separable(W[-1], 3, bias=False)]  # (B, 3, H, W)
     return nn.Sequential(*layers)
 
 
@@ -135,6 +136,13 @@ class Autoencoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
         self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), tiny_decoder(cfg)
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d) and m.weight.any():     # but not the blocks' last ones, which are zero
+                # Unit gain. PyTorch's default shrinks the signal by 3 at each convolution, and the separable ones are twice as many:
+                # brightness was then learned in seconds and colour, axis by axis, in many minutes.
+                nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     def moments(self, images):
         return self.encoder(images).chunk(2, 1)                      # mean, log variance: (B, latent, h, w) each
@@ -160,9 +168,15 @@ def load_autoencoder(path=ASSETS / "ae", device="cpu") -> Autoencoder:
 
 
 # ---------------------------------------------------------------------------- losses
+# grey, blue-yellow, green-magenta: in RGB, L1 is content with the right grey, and hue is learned last
+OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, -1.0], [-1.0, 2.0, -1.0]])
+
+
 def pyramid_l1(a, b, levels=4):
-    """L1 over a Laplacian pyramid: a blurred edge costs as much as a wrong colour, which plain L1 hardly minds. Needs no download."""
-    loss, d = 0.0, a - b                                             # the pyramid is linear: that of the difference is enough
+    """L1 over a Laplacian pyramid of opponent colours: a blurred edge costs as much as a wrong colour, which plain L1 hardly minds.
+    Needs no download."""
+    d = torch.einsum("bchw,oc->bohw", a - b, OPPONENT.to(a.device))  # all is linear: the difference's pyramid is enough
+    loss = 0.0
     for _ in range(levels - 1):
         low = F.avg_pool2d(d, 2)
         loss = loss + (d - F.interpolate(low, scale_factor=2.0, mode="bilinear")).abs().mean()
@@ -190,7 +204,7 @@ class Config:
     warmup: int = 100
     clip: float = 1.0
     ema: float = 0.998
-    kl: float = 1e-3                # weight of the KL term, in nats a latent element
+    kl: float = 1e-6                # weight of the KL term, in nats a latent element
     latent_noise: float = 0.1      # of the latents' own deviation: the decoder must not live on their last digits
     gan_start: float = 2.0          # share of the steps after which the patch GAN joins (over 1: never)
     gan_weight: float = 0.02
