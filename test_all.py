@@ -1,0 +1,522 @@
+"""The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
+import json, os, random, shutil, signal, subprocess, sys, time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common, data, decoder, model, sample, text, train
+from common import UserError
+
+ROOT = Path(__file__).parent
+TINY = dict(widths=[32, 64, 96], context_dim=48, depth_down=[1, 1, 1], depth_mid=1, depth_up=[1, 1, 0], head_dim=32, time_dim=64, time_freqs=32)
+
+
+def tiny_unet(**changes):
+    torch.manual_seed(0)
+    net = model.UNet(model.UNetConfig(**{**TINY, **changes}))
+    with torch.no_grad():                               # off the zeros of the start, so that every path acts
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net
+
+
+def run(*args, timeout=240, **kw):
+    return subprocess.run([sys.executable, *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=timeout, **kw)
+
+
+def fails_in_one_line(result, *words):
+    assert result.returncode != 0, result.stdout
+    assert "Traceback" not in result.stderr, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(w in last for w in words), last
+
+
+# ---------------------------------------------------------------------------- model.py
+@pytest.mark.parametrize("row", ["a", "b", "c1", "c2", "d", "e", "final", "t2i", "sdxl"])
+def test_ladder_has_the_published_sizes(row):
+    params, at_256, at_1024 = model.SHEET[row]
+    with torch.device("meta"):
+        assert model.count_params(model.UNet(model.PRESETS[row])) / 1e6 == pytest.approx(params, rel=1e-3)
+    for macs, size in ((at_256, 32), (at_1024, 128)):
+        if macs:
+            assert model.count_macs(model.PRESETS[row], size) / 1e9 == pytest.approx(macs, rel=0.02)
+
+
+def test_sdxl_is_reached_by_the_same_counter():
+    """Our flags reach SDXL but for its pooled-text branch, Linear(2816, 1280) and Linear(1280, 1280): with it, its published size."""
+    from diffusers import UNet2DConditionModel
+    branch = 2816 * 1280 + 1280 + 1280 * 1280 + 1280
+    with torch.device("meta"):
+        ours = model.count_params(model.UNet(model.PRESETS["sdxl"])) + branch
+        theirs = UNet2DConditionModel(in_channels=4, out_channels=4, block_out_channels=(320, 640, 1280), layers_per_block=2, cross_attention_dim=2048,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10], attention_head_dim=[5, 10, 20], use_linear_projection=True, addition_embed_type="text_time",
+            addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816)
+    assert sum(p.numel() for p in theirs.parameters()) == 2_567_463_684
+    assert ours == 2_567_463_684
+
+
+def test_meta_counter_counts_attention():
+    small, large = (model.count_macs(replace(model.PRESETS["final"], self_attn=[False, False, on]), 32) for on in (False, True))
+    assert large > small
+
+
+def test_any_multiple_of_32_pixels_and_nothing_else():
+    net = tiny_unet()
+    ctx = torch.randn(1, 5, 48)
+    assert net(torch.randn(1, 16, 12, 20), torch.rand(1), ctx).shape == (1, 16, 12, 20)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        net(torch.randn(1, 16, 10, 12), torch.rand(1), ctx)
+
+
+def test_masked_tokens_have_no_influence():
+    net, x, t, ctx = tiny_unet(), torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 7, 48)
+    mask = torch.arange(7)[None] < torch.tensor([[7], [4]])
+    changed = ctx.clone()
+    changed[1, 4:] += 100
+    assert torch.allclose(net(x, t, ctx, mask), net(x, t, changed, mask), atol=1e-5)
+    assert not torch.allclose(net(x, t, ctx), net(x, t, changed), atol=1e-3)
+
+
+def test_rope_scores_depend_on_relative_positions_only():
+    D, (cos, sin) = 32, model.rope_table(9, 9, 32, 100.0, "cpu")
+    q, k = torch.randn(D), torch.randn(D)
+    at = lambda v, y, x: model.rotate(v.expand(1, 81, 1, D), (cos, sin))[0, y * 9 + x, 0]
+    score = lambda a, b: float(at(q, *a) @ at(k, *b))
+    assert score((1, 2), (3, 7)) == pytest.approx(score((4, 1), (6, 6)), abs=1e-4)
+    assert score((1, 2), (3, 7)) != pytest.approx(score((1, 2), (7, 3)), abs=1e-3)      # rows and columns differ
+
+
+def test_checkpointing_changes_nothing():
+    grads = []
+    for flag in (False, True):
+        net = tiny_unet(checkpoint=flag)
+        torch.manual_seed(1)
+        net(torch.randn(1, 16, 8, 8), torch.rand(1), torch.randn(1, 5, 48)).square().mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
+    assert torch.allclose(*grads, atol=1e-7)
+
+
+def test_starts_at_zero_and_every_parameter_learns():
+    torch.manual_seed(0)
+    net = model.UNet(model.UNetConfig(**TINY))
+    x, t, ctx = torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 5, 48)
+    assert net(x, t, ctx).abs().max() == 0
+    before, opt = {n: p.detach().clone() for n, p in net.named_parameters()}, torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(4):                                  # the zeros open up one after the other
+        (net(x, t, ctx) - torch.randn(2, 16, 8, 8)).square().mean().backward()
+        opt.step(), opt.zero_grad()
+    still = [n for n, p in net.named_parameters() if torch.equal(p, before[n])]
+    assert not still, still
+
+
+# ---------------------------------------------------------------------------- data.py
+def test_scenes_are_seeded_by_index_and_equal_at_any_size():
+    a, b = data.Scenes(64), data.Scenes(128)
+    assert np.array_equal(a[5][0], data.Scenes(64)[5][0]) and a[5][1] == data.Scenes(64)[5][1]
+    assert not np.array_equal(a[5][0], a[6][0])
+    from PIL import Image
+    small = np.asarray(Image.fromarray(b[5][0]).resize((64, 64), Image.Resampling.BOX)).astype(float)
+    assert np.abs(small - a[5][0]).mean() < 8
+
+
+def test_held_out_combinations_are_never_trained_on():
+    train_set, test_set = data.Scenes(split="train"), data.Scenes(split="test")
+    for i in range(400):
+        assert not train_set.scene(i).held_out()
+        s = test_set.scene(i)
+        assert s.held_out() or s.category == "single"
+    facets = [f"{n}|{c}" for n in data.NOUNS for c in data.COLOURS]
+    assert 0.07 < np.mean([data.is_held_out(f) for f in facets]) < 0.13
+    # "a dog left of a car" and "a car right of a dog" are one combination
+    G = data.Group
+    assert data.Scene("position", [G("dog"), G("car")], "left of").facets() == data.Scene("position", [G("car"), G("dog")], "right of").facets()
+
+
+def test_every_category_and_relation_is_drawn_where_the_caption_says():
+    scenes = data.Scenes(nouns=12)
+    for i in range(300):
+        s = scenes.scene(i, data.CATEGORIES[i % 6])
+        assert len(s.objects) == sum(g.count for g in s.groups)
+        for _, x, y, side in s.objects:
+            assert -0.01 <= x and x + side <= 1.01 and -0.01 <= y and y + side <= 1.01 and side > 0.15
+        if s.relation:
+            centre = [np.mean([(x + d / 2, y + d / 2) for k, x, y, d in s.objects if k == g], 0) for g in (0, 1)]
+            axis, sign = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}[s.relation]
+            assert sign * (centre[0][axis] - centre[1][axis]) > 0.1
+
+
+def test_captions_name_what_is_drawn_in_many_ways():
+    scenes = data.Scenes()
+    s = data.Scene("attribution", [data.Group("panda", "brown"), data.Group("eggplant", "pink", 2)], "left of")
+    wordings = {scenes.caption(s, random.Random(k)) for k in range(200)}
+    assert len(wordings) > 20
+    assert "a brown panda left of two pink eggplants" in wordings and "2 pink eggplants right of a brown panda" in wordings
+    assert all("brown panda" in w and ("pink eggplants" in w or "pink aubergines" in w) for w in wordings)
+
+
+def test_recolouring_gives_the_colour_and_keeps_the_shading():
+    sprites = data.Sprites()
+    for colour in ("red", "green", "blue"):
+        a = np.asarray(sprites.get("mushroom", colour, 64)[0]).astype(float)
+        solid = a[a[..., 3] > 250][:, :3]
+        assert solid.mean(0).argmax() == ["red", "green", "blue"].index(colour)
+        assert solid.sum(1).std() > 30
+
+
+def test_missing_atlas_and_empty_sprite_folder_say_so(tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no .png"):
+        data.Scenes(atlas=str(tmp_path))
+    monkeypatch.setattr(data, "ASSETS", tmp_path)
+    with pytest.raises(UserError, match="build-atlas"):
+        data.Scenes()
+
+
+def test_own_sprites(tmp_path):
+    from PIL import Image
+    for name, colour in (("blob", (200, 0, 0, 255)), ("green_box", (0, 200, 0, 255))):
+        Image.new("RGBA", (40, 20), colour).save(tmp_path / f"{name}.png")
+    picture, caption = data.Scenes(atlas=str(tmp_path))[0]
+    assert picture.shape == (64, 64, 3) and ("blob" in caption or "green box" in caption)
+
+
+# ---------------------------------------------------------------------------- text.py
+def test_tokens_round_trip_even_for_words_never_seen():
+    for s in ("three red cars", "Ünïcode 🐍 zebras, 42!", ""):
+        ids, mask = text.tokenize([s])
+        assert text.encoding().decode(ids[0, :-1].tolist()).strip() == s.lower() and mask.all()
+    assert 256 < text.encoding().n_vocab < 2100
+
+
+def test_padding_does_not_change_a_caption():
+    torch.manual_seed(0)
+    enc = text.TextEncoder(text.TextConfig(width=32, layers=2, heads=2))
+    alone, together = enc(*text.tokenize(["a dog"])), enc(*text.tokenize(["a dog", "three red cars left of a tree"]))
+    n = alone.emb.shape[1]
+    assert torch.allclose(alone.emb[0], together.emb[0, :n], atol=1e-5) and together.mask[0].sum() == n
+
+
+def test_a_prompt_too_long_is_refused():
+    with pytest.raises(UserError, match="shorten"):
+        text.tokenize(["dog " * 2500])
+
+
+# ---------------------------------------------------------------------------- decoder.py
+def tiny_ae(**changes):
+    torch.manual_seed(0)
+    return decoder.Autoencoder(decoder.AutoencoderConfig(**{**dict(widths=[16, 16, 32, 32], layers=1, groups=8, tiny_widths=[32, 32, 32, 32], tiny_blocks=[1, 1, 1, 1]), **changes}))
+
+
+def test_tiny_decoder_is_the_papers():
+    net = decoder.tiny_decoder(decoder.AutoencoderConfig())
+    assert sum(p.numel() for p in net.parameters()) == 1_378_848
+    blocks = [m for m in net if isinstance(m, decoder.TinyBlock)]
+    assert len(blocks) == 8 and all(sum(isinstance(m, torch.nn.GroupNorm) for m in b.modules()) == 1 for b in blocks)
+    assert not any(isinstance(m, (decoder.AttentionBlock, torch.nn.Linear)) for m in net.modules())
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_encoder_equals_diffusers_at_random_weights(attention):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[32, 64, 64, 64], layers_per_block=2,
+                           latent_channels=16, norm_num_groups=32, use_quant_conv=False, use_post_quant_conv=False, mid_block_add_attention=attention)
+    ours = decoder.Encoder(decoder.AutoencoderConfig(widths=[32, 64, 64, 64], attention=attention))
+    ours.load_state_dict(theirs.encoder.state_dict())               # the same names: no table is needed
+    x = torch.randn(1, 3, 64, 96)
+    assert torch.allclose(ours(x), theirs.encoder(x), atol=1e-5)
+
+
+def test_autoencoder_takes_any_multiple_of_8_and_learns_everywhere():
+    ae = tiny_ae()
+    x = torch.randn(1, 3, 72, 104)
+    z = ae.encode(x)
+    assert z.shape == (1, 16, 9, 13) and ae.decode(z).shape == x.shape
+    with pytest.raises(ValueError, match="multiples of 8"):
+        ae.encode(torch.randn(1, 3, 70, 104))
+    with torch.no_grad():
+        for p in ae.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    (ae.decoder(ae.moments(x)[0] + ae.moments(x)[1])).square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ae.parameters())
+
+
+def test_shipped_autoencoder_reaches_its_psnr_and_is_safe_in_fp16():
+    ae, peak = decoder.load_autoencoder(), []
+    hooks = [m.register_forward_hook(lambda m, i, o: peak.append(o.abs().max().item())) for m in ae.decoder.modules()]
+    value, _ = decoder.psnr(ae, 256, 6)
+    assert value >= 30 and max(peak) < 32768
+    [h.remove() for h in hooks]
+    assert decoder.psnr(ae, 64, 16)[0] >= 26
+    z = torch.cat([ae.encode(data.to_tensor(data.Scenes(64)[i][0][None])) for i in range(32)])
+    assert z.std().item() == pytest.approx(1, abs=0.15) and abs(z.mean().item()) < 0.15
+    assert sum(f.stat().st_size for f in (common.ASSETS / "ae").iterdir()) < 12e6
+
+
+def ae_args(out, **kw):
+    return read(decoder.Config(), **{**dict(out=str(out), steps=6, pixels=8192, eval_every=3, device="cpu", gan_start=0.5, warmup=2), **kw})
+
+
+def read(cfg, **kw):
+    """A config as from the command line: nested keys with two underscores."""
+    for k, v in kw.items():
+        *path, last = k.split("__")
+        obj = cfg
+        for p in path:
+            obj = getattr(obj, p)
+        assert hasattr(obj, last), k
+        setattr(obj, last, v)
+    return cfg
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_decoder_resume_equals_uninterrupted(tmp_path, monkeypatch):
+    monkeypatch.setattr(decoder, "psnr", lambda *a, **k: (0.0, [(np.zeros((8, 8, 3), np.uint8),) * 2]))
+    ae = dict(autoencoder=tiny_ae().cfg)
+    decoder.train(ae_args(tmp_path / "a", **ae))
+    monkeypatch.setattr(decoder.signal, "signal", lambda s, f: None)
+    real, calls = decoder.batch_of, []
+    def interrupted(cfg, step, scenes):
+        calls.append(step)
+        if len(calls) == 5:
+            raise KeyboardInterrupt                     # between checkpoints
+        return real(cfg, step, scenes)
+    monkeypatch.setattr(decoder, "batch_of", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        decoder.train(ae_args(tmp_path / "b", **ae))
+    decoder.train(ae_args(tmp_path / "b", **ae))
+    a, b = (common.load_checkpoint(tmp_path / k, ("model", "ema", "disc"))[1] for k in "ab")
+    assert calls[5] == 3 and all(same(a[k], b[k]) for k in a)
+
+
+# ---------------------------------------------------------------------------- sample.py
+@pytest.mark.parametrize("name, order", [("euler", 1), ("heun", 2), ("dpmpp", 2)])
+def test_samplers_converge_at_their_order(name, order):
+    """Data N(m, s^2): the exact velocity is known, and the exact path too: x(t) scales with the deviation of x_t."""
+    m, s = 0.7, 0.3
+    dev = lambda t: ((1 - t) ** 2 * s**2 + t**2) ** 0.5
+    velocity = lambda x, t: -m + (x - (1 - t) * m) * (t - (1 - t) * s**2) / dev(t) ** 2
+    x = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    exact = m + s * x
+    errors = [(sample.SAMPLERS[name](velocity, x, sample.times(n, 1.0)) - exact).abs().max().item() for n in (16, 32, 64, 128)]
+    assert errors[-1] < 0.02 and np.log2(errors[1] / errors[3]) / 2 > order - 0.35, errors
+
+
+def test_times_and_shift():
+    assert sample.times(4, 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+    assert sample.times(1, 1.0) == [1.0, 0.0]
+
+
+def tiny_model():
+    torch.manual_seed(0)
+    net = sample.TextToLatents(model.UNetConfig(**{**TINY, "context_dim": 32}), text.TextConfig(width=32, layers=1, heads=2))
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return net.eval()
+
+
+def test_guidance_of_one_is_none_and_pictures_do_not_depend_on_the_batch():
+    net, ae = tiny_model(), tiny_ae()
+    args = dict(size=(32, 64), steps=3)
+    captions = ["a dog", "three red cars left of a tree", "a cat"]
+    together = sample.generate(net, ae, captions, [1, 2, 3], cfg=3.0, **args)
+    alone = sample.generate(net, ae, captions[:1], [1], cfg=3.0, **args)
+    assert together[0].shape == (32, 64, 3)
+    assert np.abs(together[0].astype(int) - alone[0]).max() <= 1
+    calls = []
+    net.unet.register_forward_hook(lambda m, i, o: calls.append(len(o)))
+    free = sample.generate(net, ae, ["a dog"], [1], cfg=1.0, **args)
+    assert calls == [1, 1, 1] and not np.array_equal(free[0], alone[0])
+    sample.generate(net, ae, ["a dog"], [1], cfg=3.0, interval=(0.5, 0.9), **args)
+    assert calls[3:] == [1, 2, 1]                       # t = 1, 2/3, 1/3: guidance at the middle one alone
+
+
+# ---------------------------------------------------------------------------- train.py
+def test_flow_loss_is_zero_for_the_true_velocity_and_one_plus_variance_for_none():
+    x0, eps, t = torch.randn(512, 4, 2, 2), torch.randn(512, 4, 2, 2), torch.rand(512)
+    assert train.flow_loss(lambda x, t: eps - x0, x0, eps, t).max() == 0
+    assert train.flow_loss(lambda x, t: torch.zeros_like(x), x0, eps, t).mean().item() == pytest.approx(2, rel=0.1)
+    seen = []
+    train.flow_loss(lambda x, t: seen.append(x) or x, x0, eps, torch.ones(512))
+    assert torch.equal(seen[0], eps)                    # t = 1 is noise
+
+
+def test_times_are_logit_normal_and_shifted():
+    g = torch.Generator().manual_seed(0)
+    t = train.draw_times(train.FlowConfig(), 20000, g, "cpu")
+    assert torch.logit(t).mean().abs() < 0.03 and torch.logit(t).std().item() == pytest.approx(1, abs=0.03)
+    assert train.draw_times(train.FlowConfig(shift=3.0), 20000, g, "cpu").median().item() == pytest.approx(0.75, abs=0.02)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """A tiny autoencoder on disk, and the cache of latents that all tests of train.py share."""
+    d = tmp_path_factory.mktemp("shared")
+    ae = tiny_ae()
+    common.save_checkpoint(d / "ae", {"model": ae.state_dict()}, {"autoencoder": decoder.asdict(ae.cfg)}, latest=False)
+    return d
+
+
+def train_config(shared, out, **kw):
+    return read(train.Config(), **{**dict(out=str(out), ae=str(shared / "ae"), data__pictures=64, data__cache=str(shared / "cache"), data__workers=0, text__width=32,
+        text__layers=1, text__heads=2, model=model.UNetConfig(**{**TINY, "context_dim": 32}), steps=8, batch=8, warmup=2, eval_every=4, log_every=2, val_pictures=16,
+        sample_steps=2, device="cpu"), **kw})
+
+
+def weights(out):
+    return common.load_checkpoint(out, ("model", "ema", "optimizer"))[1]
+
+
+def test_resume_equals_uninterrupted_and_the_run_leaves_its_pictures(shared, tmp_path, monkeypatch):
+    train.train(train_config(shared, tmp_path / "a", accumulate=2))
+    for name in ("log.csv", "loss.png", "samples_0000004.png", "samples_0000008.png", "samples.gif"):
+        assert (tmp_path / "a" / name).stat().st_size > 0
+    real, n = train.flow_loss, []
+    def interrupted(*args):
+        n.append(1)
+        if len(n) == 14:                                # in step 7, after the checkpoint of step 4
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "flow_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(train_config(shared, tmp_path / "b", accumulate=2))
+    train.train(train_config(shared, tmp_path / "b", accumulate=2))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
+    rows = [[r["step"] for r in common.read_log(tmp_path / k / "log.csv")] for k in "ab"]
+    assert rows[0] == rows[1]
+
+
+def test_a_step_with_nan_is_skipped_counted_and_named(shared, tmp_path, monkeypatch, capsys):
+    real, n = train.flow_loss, []
+    monkeypatch.setattr(train, "flow_loss", lambda *a: n.append(1) or real(*a) * (float("nan") if len(n) == 3 else 1))
+    train.train(train_config(shared, tmp_path / "a", steps=6))
+    assert "step 2: loss nan" in (out := capsys.readouterr().out) and "1 so far" in out
+    assert all(torch.isfinite(v).all() for v in weights(tmp_path / "a")["model"].values())
+    monkeypatch.setattr(train, "flow_loss", lambda *a: real(*a) * float("nan"))
+    with pytest.raises(UserError, match="lower lr"):
+        train.train(train_config(shared, tmp_path / "b", steps=60))
+
+
+def test_sigterm_saves_and_leaves(shared, tmp_path):
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import test_all as t, train, pathlib; s = pathlib.Path({str(shared)!r})\n"
+            f"train.train(t.train_config(s, {str(tmp_path / 'a')!r}, steps=100000, eval_every=100000))")
+    p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "step 4/" not in (line := p.stdout.readline()):
+        assert p.poll() is None
+    p.send_signal(signal.SIGTERM)
+    rest = p.communicate(timeout=60)[0]
+    assert p.returncode == 0 and "saved at step" in rest
+    assert common.load_checkpoint(tmp_path / "a", ("model", "ema", "optimizer"))[0]["step"] >= 4
+
+
+def test_dropped_captions_become_the_empty_one(shared):
+    cfg = train_config(shared, "unused", drop_caption=1.0)
+    latents = torch.zeros(64, 16, 8, 8)
+    _, ids, mask = train.Batches(cfg, latents, torch.device("cpu"), 0, 1)(0)
+    assert ids.shape == (8, 1) and mask.all()
+    a, b = (train.Batches(train_config(shared, "unused", drop_caption=0.0), latents, torch.device("cpu"), r, 2)(0)[1] for r in (0, 1))
+    assert a.shape != b.shape or not torch.equal(a, b)  # ranks see different captions
+
+
+# ---------------------------------------------------------------------------- common.py: failing like a friend
+def test_config_errors_name_the_nearest_key_and_the_type(tmp_path):
+    fails_in_one_line(run("train.py", "model.widhts=[32]"), "model.widhts", "did you mean 'model.widths'")
+    fails_in_one_line(run("train.py", "lr=fast"), "'lr' wants float", "fast")
+    fails_in_one_line(run("train.py", "--config", "configs/no.toml"), "no config file", "configs/nano.toml")
+    (tmp_path / "bad.toml").write_text("lr = = 3")
+    fails_in_one_line(run("train.py", "--config", tmp_path / "bad.toml"), "not valid TOML")
+
+
+def test_overrides_reach_nested_tables(tmp_path):
+    (tmp_path / "c.toml").write_text("steps = 7\n[data]\nsize = 128\n")
+    cfg = common.read_config(train.Config(), ["--config", str(tmp_path / "c.toml"), "data.nouns=5", "lr=1", "out=x y"])
+    assert (cfg.steps, cfg.data.size, cfg.data.nouns, cfg.lr, cfg.out) == (7, 128, 5, 1.0, "x y")
+
+
+def test_damaged_checkpoints_are_named(tmp_path):
+    weights = {"model": {"w": torch.randn(1000)}}
+    common.save_checkpoint(tmp_path / "c", weights, {"step": 1})
+    file = tmp_path / "c" / "model.safetensors"
+    assert torch.equal(common.load_checkpoint(tmp_path)[1]["model"]["w"], weights["model"]["w"])
+    good = file.read_bytes()
+    for broken in (good[:500], good[:2000] + bytes([good[2000] ^ 1]) + good[2001:]):    # half-written; one bit flipped
+        file.write_bytes(broken)
+        with pytest.raises(UserError, match="model.safetensors is damaged"):
+            common.load_checkpoint(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="missing"):
+        common.load_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        common.load_checkpoint(tmp_path / "nowhere")
+    (tmp_path / "c" / "config.json").write_text("{")
+    with pytest.raises(UserError, match="config.json is damaged"):
+        common.load_checkpoint(tmp_path)
+
+
+def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
+    """A real failing write: the process may not write files over 100 kB."""
+    code = (f"import sys, torch, resource; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+            f"with common.friendly():\n"
+            f"    common.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.ones(1000))), dict(step=1))\n"
+            f"    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
+            f"    common.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.zeros(100000))), dict(step=2))")
+    fails_in_one_line(run("-c", code), "disk is full", "older checkpoints are whole")
+    config, state = common.load_checkpoint(tmp_path)
+    assert config["step"] == 1 and state["model"]["w"].sum() == 1000
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "latest"]
+
+
+def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    common.save_checkpoint(tmp_path / "c", {"model": {"w": torch.ones(3)}}, {"step": 1})
+    monkeypatch.setattr(common, "sync", lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        common.save_checkpoint(tmp_path / "c", {"model": {"w": torch.zeros(3)}}, {"step": 2})
+    assert common.load_checkpoint(tmp_path)[0]["step"] == 1
+
+
+def test_weights_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="has shape"):
+        common.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(3, 2).state_dict(), "x")
+    with pytest.raises(UserError, match="lacks 'bias'"):
+        common.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False).state_dict(), "x")
+
+
+def test_ema_follows_and_gives_back():
+    net = torch.nn.Linear(1, 1, bias=False)
+    ema = common.EMA(net, 0.9)
+    with torch.no_grad():
+        net.weight.fill_(5.0)
+    for _ in range(200):
+        ema.update()
+    with ema.swapped():
+        net.weight.data.add_(0)
+        assert net.weight.item() == pytest.approx(5, abs=1e-3)
+    assert net.weight.item() == 5.0
+
+
+# ---------------------------------------------------------------------------- the command line
+def test_sample_draws_from_the_shipped_weights_in_time(tmp_path):
+    begin = time.time()
+    result = run("sample.py", "a red car", "--device", "cpu", "-o", tmp_path / "car.png")
+    assert result.returncode == 0, result.stderr
+    assert time.time() - begin < 30                     # 10 s on an idle machine
+    from PIL import Image
+    picture = np.asarray(Image.open(tmp_path / "car.png")).astype(float)
+    assert picture.shape[2] == 3 and picture.std() > 10
+
+
+@pytest.mark.parametrize("args, words", [
+    ([""], ["prompt is empty"]), (["x" * 10000], ["shorten"]), (["a car", "--size", "50"], ["multiples of 32"]), (["a car", "--ckpt", "/no/where"], ["no checkpoint"]),
+    (["a car", "--steps", "0"], ["--steps"]), (["a car", "--device", "cuda:99"], ["not available"]), (["a car", "--steps", "1", "-o", "/no/such/dir/x.png"], ["cannot write"])])
+def test_bad_requests_get_one_clear_line(args, words):
+    if "cuda:99" in args and torch.cuda.is_available():
+        pytest.skip("a CUDA machine says it in other words")
+    fails_in_one_line(run("sample.py", *args), *words)
