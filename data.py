@@ -360,9 +360,10 @@ class Pictures:
 
 
 def to_tensor(pictures):
-    """uint8 (B, H, W, 3) -> float (B, 3, H, W) in [-1, 1]."""
+    """uint8 (B, H, W, 3), numpy or torch -> float (B, 3, H, W) in [-1, 1]."""
     import torch
-    return torch.from_numpy(np.array(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+    pictures = torch.tensor(pictures) if isinstance(pictures, np.ndarray) else pictures
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image:

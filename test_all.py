@@ -304,8 +304,8 @@ def test_samplers_converge_at_their_order(name, order):
     velocity = lambda x, t: -m + (x - (1 - t) * m) * (t - (1 - t) * s**2) / dev(t) ** 2
     x = torch.linspace(-2, 2, 9, dtype=torch.float64)
     exact = m + s * x
-    errors = [(sample.SAMPLERS[name](velocity, x, sample.times(n, 1.0)) - exact).abs().max().item() for n in (16, 32, 64, 128)]
-    assert errors[-1] < 0.02 and np.log2(errors[1] / errors[3]) / 2 > order - 0.35, errors
+    errors = [(sample.SAMPLERS[name](velocity, x, sample.times(n, 1.0)) - exact).abs().max().item() for n in (128, 512)]
+    assert errors[-1] < 0.003 and np.log2(errors[0] / errors[1]) / 2 > order - 0.35, errors
 
 
 def test_times_and_shift():

@@ -124,7 +124,7 @@ class Validation:
 def plot(csv_path, out):
     """The loss plot: training loss (grey), validation of the average (blue), log scale."""
     rows = read_log(csv_path)
-    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k)], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
+    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k) and np.isfinite(float(r[k]))], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
     points = [p for line, _ in lines for p in line]
     if len(points) < 2:
         return
@@ -148,7 +148,6 @@ def plot(csv_path, out):
 def train(cfg: Config):
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
-    torch.manual_seed(cfg.seed)
     amp_on = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
 
@@ -165,6 +164,7 @@ def train(cfg: Config):
     shown = [test.scene(i, CATEGORIES[i % 6]) for i in range(24)]
     prompts = [test.caption(s, random.Random(0)) for s in shown]
 
+    torch.manual_seed(cfg.seed)                                 # not before: filling the cache draws numbers too
     net = TextToLatents(cfg.model, cfg.text).to(device)
     if cfg.init:
         net.load_state_dict(load_model(cfg.init, device)[0].state_dict())
