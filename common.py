@@ -202,8 +202,10 @@ def sync(path: Path):
 
 
 def resolve(path) -> Path:
-    """A checkpoint directory, or a run's directory (then the one that `latest` names)."""
+    """A checkpoint directory, or a run's directory (then the one that `latest` names); relative to here or to the repository."""
     path = Path(path)
+    if not path.exists() and (ROOT / path).exists():
+        path = ROOT / path                                  # "assets/ae" from any folder
     pointer = path / "latest"
     if pointer.is_file():
         path = path / pointer.read_text().strip()

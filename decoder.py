@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ASSETS, EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, resolve, save_checkpoint, setup
+from common import EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, resolve, save_checkpoint, setup
 from data import Scenes, grid, to_tensor
 
 
@@ -158,7 +158,7 @@ class Autoencoder(nn.Module):
         return self.decoder(latents / self.cfg.scale + self.cfg.shift)
 
 
-def load_autoencoder(path=ASSETS / "ae", device="cpu") -> Autoencoder:
+def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
     """From a checkpoint directory, in fp32, frozen. UserError names what is missing or damaged."""
     config, state = load_checkpoint(path)
     if "autoencoder" not in config:
@@ -245,10 +245,14 @@ def recon_picture(pairs):
 
 
 def lr_at(cfg, step):
-    return cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-3)
+    return cfg.lr * min((step + 1) / max(1, cfg.warmup), 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-3)
 
 
 def train(cfg: Config):
+    if cfg.amp not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"amp '{cfg.amp}': use auto, bfloat16 or float32")
+    if cfg.steps < 1 or cfg.eval_every < 1:
+        raise UserError(f"steps and eval_every want 1 or more, got {cfg.steps} and {cfg.eval_every}")
     device, _, _ = setup(cfg.device)
     torch.manual_seed(cfg.seed)
     out, scenes = Path(cfg.out), Scenes(256)
@@ -311,7 +315,7 @@ def train(cfg: Config):
             if skipped > 100:
                 raise UserError("over 100 steps with a gradient that is not finite: lower lr, or set amp=float32")
         opt.zero_grad(set_to_none=True)
-        if adversarial:                                              # hinge
+        if adversarial and torch.isfinite(norm):                     # hinge; one step on a NaN picture would poison it for good
             disc.requires_grad_(True)
             loss_d = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(y.detach())).mean()
             loss_d.backward()

@@ -14,7 +14,7 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from common import ASSETS, UserError, fill, friendly, load_checkpoint, load_into, setup
+from common import UserError, fill, friendly, load_checkpoint, load_into, setup
 from data import grid
 from decoder import load_autoencoder
 from model import UNet, UNetConfig
@@ -137,8 +137,8 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("prompts", nargs="+", help="what to draw; several prompts make several pictures")
-    p.add_argument("--ckpt", default=str(ASSETS / "scenes"), help="checkpoint or run directory")
-    p.add_argument("--ae", default=str(ASSETS / "ae"), help="autoencoder's checkpoint")
+    p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run directory")
+    p.add_argument("--ae", default="assets/ae", help="autoencoder's checkpoint")
     p.add_argument("--steps", type=int, default=28)
     p.add_argument("--cfg", type=float, default=4.0, help="guidance; 1 = none")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t at which guidance acts")

@@ -3,7 +3,8 @@
     python train.py [--config configs/nano.toml] [key=value ...]
     torchrun --nproc_per_node 8 train.py --config configs/base.toml
 
-Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif, checkpoint/.
+Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif, checkpoint/,
+and at the end final/: the averaged weights in fp16, to ship.
 Every random draw is a function of (seed, step, micro-batch, rank): no generator's state needs saving, and a resumed run equals an
 uninterrupted one bit for bit on a CPU.
 """
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import ASSETS, EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, read_log, save_checkpoint, setup
+from common import EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, read_log, save_checkpoint, setup
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from model import UNetConfig
@@ -37,7 +38,7 @@ class Config:
     text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    ae: str = str(ASSETS / "ae")
+    ae: str = "assets/ae"
     init: str = ""                  # checkpoint whose weights a new run starts from
     steps: int = 4000
     batch: int = 64                 # a process and micro-batch
@@ -146,13 +147,17 @@ def plot(csv_path, out):
 
 # ---------------------------------------------------------------------------- the loop
 def train(cfg: Config):
+    if cfg.amp not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"amp '{cfg.amp}': use auto, bfloat16 or float32")
+    if bad := [k for k in ("steps", "batch", "accumulate", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
+        raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
     amp_on = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
 
     ae = load_autoencoder(cfg.ae, device)
-    ae_key = f"{cfg.ae}/{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+    ae_key = f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
     for turn in range(world):                                   # one process fills the cache, the others find it there
         if turn == rank:
             latents = latents_of(cfg.data, ae, ae_key)
@@ -256,6 +261,8 @@ def train(cfg: Config):
         frames = [Image.open(p).convert("RGB") for p in sorted(out.glob("samples_*.png"))]
         if frames:
             frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 4, duration=500, loop=0)
+        small = {k: v.half() for k, v in {**net.state_dict(), **ema.state_dict()}.items()}     # fp16, to ship
+        save_checkpoint(out / "final", {"model": small}, {**asdict(cfg), "step": step}, latest=False)
         print(f"done: {out}/samples_{step:07d}.png, {out}/loss.png; try `python sample.py \"a red car\" --ckpt {out}`")
 
 
