@@ -34,7 +34,7 @@ def friendly():
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
         sys.exit("stopped by the keyboard")
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
         if not is_disk_full(e):
             raise
         sys.exit(f"error: the disk is full ({e}): free some space and run the same command again")

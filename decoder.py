@@ -6,7 +6,7 @@ fit), the decoder is SnapGen's tiny one: 1.38 M parameters against SD3's 49.5 M 
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
-import json, signal, sys, time
+import signal, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 

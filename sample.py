@@ -157,7 +157,7 @@ def main(argv):
     device, _, _ = setup(a.device)
     net, config = load_model(a.ckpt, device)
     size = config["data"]["size"] if a.size == [0] else a.size[0] if len(a.size) == 1 else tuple(a.size)
-    if bad := [s for s in ([size] if isinstance(size, int) else size) if s % 32 or s < 32] or (not isinstance(size, int) and len(size) != 2):
+    if [s for s in ([size] if isinstance(size, int) else size) if s % 32 or s < 32] or (not isinstance(size, int) and len(size) != 2):
         raise UserError(f"--size {a.size}: one or two multiples of 32 pixels, such as 64 or 64 96")
     tokenize(a.prompts, net.text.cfg.max_tokens)            # complain before the work begins
     ae = load_autoencoder(a.ae, device)

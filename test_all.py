@@ -1,5 +1,5 @@
 """The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import random, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -426,7 +426,7 @@ def test_sigterm_saves_and_leaves(shared, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import test_all as t, train, pathlib; s = pathlib.Path({str(shared)!r})\n"
             f"train.train(t.train_config(s, {str(tmp_path / 'a')!r}, steps=100000, eval_every=100000))")
     p = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    while "step 4/" not in (line := p.stdout.readline()):
+    while "step 4/" not in p.stdout.readline():
         assert p.poll() is None
     p.send_signal(signal.SIGTERM)
     rest = p.communicate(timeout=60)[0]
