@@ -1,4 +1,4 @@
-"""The one shared drawer: errors, config, devices, checkpoints, EMA, the log line.
+"""The one shared drawer: errors, config, devices, checkpoints, the log line.
 
 A checkpoint is a directory, never a pickle:
     config.json             resolved config, our version, step, a CRC-32 of every other file
@@ -147,6 +147,17 @@ def keep_memory_mapped():
             libc.mallopt(option, 2**30)
 
 
+def peak_memory(device: torch.device) -> float:
+    """GiB: of CUDA's allocator, or of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource                                     # not on Windows
+    except ImportError:
+        return float("nan")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
 # ---------------------------------------------------------------------------- checkpoints
 def crc32(path: Path) -> int:
     value = 0
@@ -253,44 +264,6 @@ def load_into(module: torch.nn.Module, state: dict, what: str):
         raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
     module.load_state_dict(state)
     return module
-
-
-# ---------------------------------------------------------------------------- EMA
-class EMA:
-    """Exponential moving average of a module's parameters in fp32. The decay warms up, so that short runs are averaged over their own length."""
-
-    def __init__(self, module: torch.nn.Module, decay: float):
-        self.decay, self.steps = decay, 0
-        self.names = [n for n, _ in module.named_parameters()]
-        self.source = [p for _, p in module.named_parameters()]
-        self.shadow = [p.detach().float().clone() for p in self.source]
-
-    @torch.no_grad()
-    def update(self):
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.source], 1 - decay)
-
-    def state_dict(self) -> dict:
-        return dict(zip(self.names, self.shadow))
-
-    def load_state_dict(self, state: dict, steps: int):
-        self.steps = steps
-        for name, shadow in zip(self.names, self.shadow):
-            shadow.copy_(state[name])
-
-    @contextlib.contextmanager
-    def swapped(self):
-        """Inside, the module holds the averaged weights; afterwards its own again."""
-        raw = [p.detach().clone() for p in self.source]
-        with torch.no_grad():
-            for p, s in zip(self.source, self.shadow):
-                p.copy_(s)
-            try:
-                yield
-            finally:
-                for p, r in zip(self.source, raw):
-                    p.copy_(r)
 
 
 # ---------------------------------------------------------------------------- log

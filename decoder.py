@@ -15,8 +15,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, resolve, save_checkpoint, setup
+from common import Log, UserError, friendly, load_checkpoint, load_into, read_config, resolve, save_checkpoint, setup
 from data import Scenes, grid, to_tensor
+from optim import EMA, Muon
 
 
 @dataclass
@@ -137,6 +138,9 @@ class Autoencoder(nn.Module):
         super().__init__()
         self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), tiny_decoder(cfg)
         for m in self.modules():
+            if isinstance(m, ResnetBlock):                      # starts as its shortcut
+                nn.init.zeros_(m.conv2.weight)
+        for m in self.modules():
             if isinstance(m, nn.Conv2d) and m.weight.any():     # but not the blocks' last ones, which are zero
                 # Unit gain. PyTorch's default shrinks the signal by 3 at each convolution, and the separable ones are twice as many:
                 # brightness was then learned in seconds and colour, axis by axis, in many minutes.
@@ -200,10 +204,13 @@ class Config:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     steps: int = 6000
     pixels: int = 65536             # of a batch: 16 pictures of 64 px, 4 of 128 px, 1 of 256 px
-    lr: float = 2e-3
+    lr: float = 1.5e-3
+    muon_lr: float = 0.02           # of the matrices, by Muon; 0: AdamW for all
     warmup: int = 100
     clip: float = 1.0
     ema: float = 0.998
+    l1: float = 0.5                 # weight of the pyramid's L1: sharp edges and right hues
+    mse: float = 8.0                # of the squared error: the decibels, and a smooth start
     kl: float = 1e-6                # weight of the KL term, in nats a latent element
     latent_noise: float = 0.1      # of the latents' own deviation: the decoder must not live on their last digits
     gan_start: float = 2.0          # share of the steps after which the patch GAN joins (over 1: never)
@@ -215,9 +222,9 @@ class Config:
 
 
 def batch_of(cfg, step, scenes):
-    """(B, 3, S, S) in [-1, 1]. Half of the steps: whole pictures of 64 px; else parts of larger ones, and whole ones of 128 px."""
+    """(B, 3, S, S) in [-1, 1]. Of eight steps, six on whole pictures of 64 px, one on 128 px, one on parts of 256 px."""
     rng = np.random.default_rng((cfg.seed, step))
-    size, crop = ((64, 64), (64, 64), (128, 128), (256, 128))[rng.integers(4)]
+    size, crop = (*[(64, 64)] * 6, (128, 128), (256, 128))[rng.integers(8)]
     n, pictures = max(1, cfg.pixels // crop**2), []
     for k in range(n):
         y, x = rng.integers(0, size - crop + 1, 2)
@@ -244,8 +251,8 @@ def recon_picture(pairs):
     return grid([a for a, _ in pairs] + [b for _, b in pairs] + difference, columns=len(pairs))
 
 
-def lr_at(cfg, step):
-    return cfg.lr * min((step + 1) / max(1, cfg.warmup), 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-3)
+def rate(cfg, step):
+    return min((step + 1) / max(1, cfg.warmup), 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-3)
 
 
 def train(cfg: Config):
@@ -257,27 +264,22 @@ def train(cfg: Config):
     torch.manual_seed(cfg.seed)
     out, scenes = Path(cfg.out), Scenes(256)
     ae, disc = Autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last), PatchDiscriminator().to(device)
-    opt = torch.optim.AdamW(ae.parameters(), cfg.lr, betas=(0.9, 0.99), weight_decay=1e-3)
-    opt_d = torch.optim.AdamW(disc.parameters(), 2e-4, betas=(0.5, 0.9))
+    opt = Muon(ae, cfg.lr, cfg.muon_lr)
+    opt_d = Muon(disc, 2e-4, betas=(0.5, 0.9))
     ema, start, skipped = EMA(ae, cfg.ema), 0, 0
     if (out / "latest").exists():
-        saved, state = load_checkpoint(out, ("model", "ema", "disc", "optimizer"))
+        saved, state = load_checkpoint(out, ("model", "ema", "disc", "optimizer", "optimizer_d"))
         start = saved["step"]
         load_into(ae, state["model"], cfg.out)
         load_into(disc, state["disc"], cfg.out)
         ema.load_state_dict(state["ema"], start)
-        for o, name in ((opt, "g"), (opt_d, "d")):
-            moments = {}
-            for key, v in state["optimizer"].items():
-                which, index, what = key.split(".")
-                if which == name:
-                    moments.setdefault(int(index), {})[what] = v
-            o.load_state_dict({"state": moments, "param_groups": o.state_dict()["param_groups"]})
+        opt.load_tensors(state["optimizer"])
+        opt_d.load_tensors(state["optimizer_d"])
         print(f"resumed {resolve(out)} at step {start}")
 
     def save(step):
-        moments = {f"{name}.{i}.{k}": v for o, name in ((opt, "g"), (opt_d, "d")) for i, s in o.state_dict()["state"].items() for k, v in s.items()}
-        save_checkpoint(out / "checkpoint", {"model": ae.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(), "optimizer": moments},
+        save_checkpoint(out / "checkpoint", {"model": ae.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(),
+                                             "optimizer": opt.tensors(), "optimizer_d": opt_d.tensors()},
                         {"config": asdict(cfg), "step": step})
 
     stop = []
@@ -285,8 +287,7 @@ def train(cfg: Config):
     amp = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
     log, clock = Log(out / "log.csv", cfg.steps, start), time.time()
     for step in range(start, cfg.steps):
-        for group in opt.param_groups:
-            group["lr"] = lr_at(cfg, step)
+        opt.schedule(rate(cfg, step))
         x = batch_of(cfg, step, scenes).to(device, memory_format=torch.channels_last)
         g = torch.Generator(device).manual_seed(cfg.seed * 1000003 + step)   # a function of the step alone, so that resuming is exact
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -298,7 +299,7 @@ def train(cfg: Config):
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
             y = ae.decoder(z)
         y = y.float()
-        loss = rec = F.l1_loss(y, x) + pyramid_l1(y, x)
+        loss = rec = cfg.l1 * pyramid_l1(y, x) + cfg.mse * F.mse_loss(y, x)
         loss = loss + cfg.kl * kl
         adversarial = step >= cfg.gan_start * cfg.steps
         if adversarial:
@@ -323,7 +324,7 @@ def train(cfg: Config):
             opt_d.zero_grad(set_to_none=True)
         done = step + 1
         if done % 50 == 0:
-            values = dict(loss=loss.item(), rec_loss=rec.item(), kl=kl.item(), lr=lr_at(cfg, step), grad=norm.item(), s_step=(time.time() - clock) / 50)
+            values = dict(loss=loss.item(), rec_loss=rec.item(), kl=kl.item(), lr=cfg.lr * rate(cfg, step), grad=norm.item(), s_step=(time.time() - clock) / 50)
             clock = time.time()
             log(done, **values)
         if done % cfg.eval_every == 0 or done == cfg.steps or stop:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import common, data, decoder, model, sample, text, train
+import common, data, decoder, model, optim, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -61,7 +61,24 @@ def test_sdxl_is_reached_by_the_same_counter():
 
 def test_meta_counter_counts_attention():
     small, large = (model.count_macs(replace(model.PRESETS["final"], self_attn=[False, False, on]), 32) for on in (False, True))
-    assert large > small
+    C, N, blocks = 896, 8 * 8, 4 * (2 + 1 + 3)          # depth 4; two layers down, one in the middle, three up
+    assert large - small == blocks * (2 * N * C * C + 2 * N * C * 64 + 2 * N * N * C)     # q and out; one head of k and v; scores and sums
+
+
+@pytest.mark.parametrize("kv_heads", [1, 3, 0])
+def test_attention_is_the_textbooks(kv_heads):
+    torch.manual_seed(0)
+    cfg = model.UNetConfig(head_dim=16, kv_heads=kv_heads)
+    net, x, context, mask = model.Attention(cfg, 96, 40), torch.randn(2, 9, 96), torch.randn(2, 5, 40), torch.rand(2, 5) < 0.7
+    mask[:, 0] = True
+    torch.nn.init.normal_(net.out.weight)
+    q, (k, v) = net.q_norm(net.q(x).view(2, 9, 6, 16)), net.keys_values(context)
+    heads = []
+    for h in range(6):
+        g = h * net.G // 6                              # six query heads share the G key/value heads in order
+        scores = q[:, :, h] @ k[:, :, g].transpose(1, 2) / 4
+        heads.append(scores.masked_fill(~mask[:, None], -torch.inf).softmax(-1) @ v[:, :, g])
+    assert torch.allclose(net(x, k, v, mask[:, None, None]), net.out(torch.cat(heads, -1)), atol=1e-5)
 
 
 def test_any_multiple_of_32_pixels_and_nothing_else():
@@ -81,23 +98,28 @@ def test_masked_tokens_have_no_influence():
     assert not torch.allclose(net(x, t, ctx), net(x, t, changed), atol=1e-3)
 
 
-def test_rope_scores_depend_on_relative_positions_only():
+def test_rope_scores_depend_on_relative_positions_only(monkeypatch):
     D, (cos, sin) = 32, model.rope_table(9, 9, 32, 100.0, "cpu")
     q, k = torch.randn(D), torch.randn(D)
     at = lambda v, y, x: model.rotate(v.expand(1, 81, 1, D), (cos, sin))[0, y * 9 + x, 0]
     score = lambda a, b: float(at(q, *a) @ at(k, *b))
     assert score((1, 2), (3, 7)) == pytest.approx(score((4, 1), (6, 6)), abs=1e-4)
     assert score((1, 2), (3, 7)) != pytest.approx(score((1, 2), (7, 3)), abs=1e-3)      # rows and columns differ
+    seen, real = [], model.rotate
+    monkeypatch.setattr(model, "rotate", lambda x, rope: seen.append(x.shape[1]) or real(x, rope))
+    tiny_unet()(torch.randn(1, 16, 16, 16), torch.rand(1), torch.randn(1, 5, 48))
+    assert seen and set(seen) == {4 * 4}                # queries and keys of self-attention, which stands at the lowest of TINY's stages
 
 
-def test_checkpointing_changes_nothing():
-    grads = []
+def test_checkpointing_recomputes_and_changes_nothing(monkeypatch):
+    grads, calls, real = [], [0, 0], model.ResBlock.forward
     for flag in (False, True):
+        monkeypatch.setattr(model.ResBlock, "forward", lambda *a: calls.__setitem__(flag, calls[flag] + 1) or real(*a))
         net = tiny_unet(checkpoint=flag)
         torch.manual_seed(1)
         net(torch.randn(1, 16, 8, 8), torch.rand(1), torch.randn(1, 5, 48)).square().mean().backward()
         grads.append(torch.cat([p.grad.flatten() for p in net.parameters()]))
-    assert torch.allclose(*grads, atol=1e-7)
+    assert torch.allclose(*grads, atol=1e-7) and calls[1] == 2 * calls[0]
 
 
 def test_starts_at_zero_and_every_parameter_learns():
@@ -508,7 +530,7 @@ def test_weights_that_do_not_fit_are_named():
 
 def test_ema_follows_and_gives_back():
     net = torch.nn.Linear(1, 1, bias=False)
-    ema = common.EMA(net, 0.9)
+    ema = optim.EMA(net, 0.9)
     with torch.no_grad():
         net.weight.fill_(5.0)
     for _ in range(200):
@@ -517,6 +539,33 @@ def test_ema_follows_and_gives_back():
         net.weight.data.add_(0)
         assert net.weight.item() == pytest.approx(5, abs=1e-3)
     assert net.weight.item() == 5.0
+
+
+def test_without_muon_the_optimiser_is_adamw():
+    nets = [torch.nn.Sequential(torch.nn.Linear(20, 20), torch.nn.LayerNorm(20)) for _ in range(2)]
+    nets[1].load_state_dict(nets[0].state_dict())
+    theirs = torch.optim.AdamW([dict(params=[nets[1][0].weight], weight_decay=0.01), dict(params=[p for p in nets[1].parameters() if p.ndim < 2], weight_decay=0.0)], 1e-2, betas=(0.9, 0.99))
+    for opt, net in zip((optim.Muon(nets[0], 1e-2), theirs), nets):
+        torch.manual_seed(1)
+        for _ in range(20):
+            net(torch.randn(8, 20)).sub(1).square().sum().backward()
+            opt.step(), opt.zero_grad()
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
+    torch.manual_seed(0)
+    for shape in ((48, 20), (20, 48)):
+        values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(shape)))
+        assert 0.6 < values.min() and values.max() < 1.3
+    net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1), torch.nn.Conv2d(32, 32, 3, groups=32), torch.nn.Embedding(50, 32))
+    opt = optim.Muon(net, 1e-3, muon_lr=0.02)
+    assert [[p.shape for p in g["params"]] for g in opt.param_groups if g["muon"]] == [[net[0].weight.shape]]
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    before = net[0].weight.detach().clone()
+    opt.step()
+    assert 0.6 * 0.02 < torch.linalg.matrix_norm((net[0].weight - before).flatten(1), 2) / 2**0.5 < 1.3 * 0.02
 
 
 # ---------------------------------------------------------------------------- the command line

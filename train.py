@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import EMA, Log, UserError, friendly, load_checkpoint, load_into, read_config, read_log, save_checkpoint, setup
+from common import Log, UserError, friendly, load_checkpoint, load_into, peak_memory, read_config, read_log, save_checkpoint, setup
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from model import UNetConfig
+from optim import EMA, Muon
 from sample import TextToLatents, generate, load_model, shift_time
 from text import TextConfig, tokenize
 
@@ -44,6 +45,7 @@ class Config:
     batch: int = 64                 # a process and micro-batch
     accumulate: int = 1
     lr: float = 1e-3
+    muon_lr: float = 0.0            # of the matrices, by Muon; 0: AdamW for all
     warmup: int = 100
     weight_decay: float = 0.01
     clip: float = 1.0
@@ -72,9 +74,9 @@ def draw_times(cfg: FlowConfig, n, generator, device):
     return shift_time(torch.sigmoid(cfg.mean + cfg.std * torch.randn(n, generator=generator, device=device)), cfg.shift)   # (n,)
 
 
-def lr_at(cfg, step: int) -> float:
-    """Linear warm-up, then a cosine to nothing."""
-    return cfg.lr * min((step + 1) / cfg.warmup, 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-4)
+def rate(cfg, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up, then a cosine to nothing."""
+    return min((step + 1) / cfg.warmup, 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-4)
 
 
 # ---------------------------------------------------------------------------- data
@@ -145,6 +147,22 @@ def plot(csv_path, out):
     image.save(out)
 
 
+def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
+    """(FLOPs of training on one picture: three times a forward pass with 16 tokens; the device's own matmul FLOP/s, measured). Their ratio with the
+    speed is the model FLOPs utilisation of the log line."""
+    from torch.utils.flop_counter import FlopCounterMode
+    h = cfg.data.size // 8
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:   # on CPU tensors it counts attention as nothing
+        TextToLatents(cfg.model, cfg.text)(torch.empty(1, cfg.model.in_channels, h, h), torch.empty(1), torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool))
+    n, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if amp_on else torch.float32
+    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
+    for _ in range(6):
+        begin = time.time()
+        (a @ a)[0, 0].item()                                    # .item() waits for the device
+        best = max(best, 2 * n**3 / (time.time() - begin))
+    return 3.0 * counter.get_total_flops(), best
+
+
 # ---------------------------------------------------------------------------- the loop
 def train(cfg: Config):
     if cfg.amp not in ("auto", "bfloat16", "float32"):
@@ -173,24 +191,19 @@ def train(cfg: Config):
     net = TextToLatents(cfg.model, cfg.text).to(device)
     if cfg.init:
         net.load_state_dict(load_model(cfg.init, device)[0].state_dict())
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    opt = torch.optim.AdamW([{"params": decay, "weight_decay": cfg.weight_decay}, {"params": [p for p in net.parameters() if p.ndim < 2], "weight_decay": 0.0}],
-                            cfg.lr, betas=(0.9, 0.99), fused=device.type == "cuda")
+    opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "optimizer"))
         start = saved["step"]
         load_into(net, state["model"], cfg.out)
         ema.load_state_dict(state["ema"], saved["ema_steps"])
-        moments = {}
-        for key, value in state["optimizer"].items():
-            index, name = key.split(".")
-            moments.setdefault(int(index), {})[name] = value
-        opt.load_state_dict({"state": moments, "param_groups": opt.state_dict()["param_groups"]})
+        opt.load_tensors(state["optimizer"])
     if main:
         print(f"{cfg.out}: {sum(p.numel() for p in net.unet.parameters()) / 1e6:.2f} M UNet + {sum(p.numel() for p in net.text.parameters()) / 1e6:.2f} M text encoder, "
               f"{len(latents)} pictures of {cfg.data.size} px, {device}" + (f", resumed at step {start}" if start else ""), flush=True)
 
+    flops, peak = costs(cfg, device, amp_on)
     run = torch.compile(net) if cfg.compile else net
     if world > 1:
         run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
@@ -200,8 +213,7 @@ def train(cfg: Config):
 
     def save():
         if main:
-            moments = {f"{i}.{k}": v for i, s in opt.state_dict()["state"].items() for k, v in s.items()}
-            save_checkpoint(out / "checkpoint", {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": moments},
+            save_checkpoint(out / "checkpoint", {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.tensors()},
                             {**asdict(cfg), "step": step, "ema_steps": ema.steps})
 
     def evaluate():
@@ -218,8 +230,7 @@ def train(cfg: Config):
         plot(out / "log.csv", out / "loss.png")
 
     while step < cfg.steps and not stop:
-        for group in opt.param_groups:
-            group["lr"] = lr_at(cfg, step)
+        opt.schedule(rate(cfg, step))
         total = 0.0
         for micro in range(cfg.accumulate):
             k = step * cfg.accumulate + micro
@@ -247,8 +258,9 @@ def train(cfg: Config):
         step += 1
         if step % cfg.log_every == 0 and main:
             seconds, clock = time.time() - clock, time.time()
-            memory = {"mem": f"{torch.cuda.max_memory_allocated() / 2**30:.1f}G"} if device.type == "cuda" else {}
-            log(step, loss=float(total), lr=lr_at(cfg, step - 1), grad=float(norm), **{"img/s": cfg.log_every * cfg.batch * cfg.accumulate * world / seconds}, **memory)
+            speed = cfg.log_every * cfg.batch * cfg.accumulate * world / seconds
+            log(step, loss=float(total), lr=cfg.lr * rate(cfg, step - 1), grad=float(norm),
+                **{"img/s": speed, "mfu": f"{100 * speed * flops / (peak * world):.0f}%", "mem": f"{peak_memory(device):.1f}G"})
         if (step % cfg.eval_every == 0 or step == cfg.steps) and not stop:
             if main:
                 save()

@@ -1,0 +1,119 @@
+"""The optimiser (Muon for matrices, AdamW for the rest), the moving average of the weights, and how both go into a checkpoint.
+
+Muon (Keller Jordan et al. 2024, MIT licence) replaces the gradient's momentum M by the nearest matrix with orthonormal rows or columns, so that
+all directions of a weight learn at one pace. On short CPU runs it needs about half of AdamW's steps (LOG.md).
+"""
+import contextlib
+
+import torch
+import torch.nn as nn
+
+
+@torch.no_grad()
+def orthogonalise(M):
+    """(m, n) -> about U V^T of its singular value decomposition, by five Newton-Schulz steps in bfloat16 (Jordan's coefficients)."""
+    X, tall = M.bfloat16() / (M.norm() + 1e-7), M.shape[0] > M.shape[1]
+    if tall:
+        X = X.T.contiguous()
+    for _ in range(5):
+        A = X @ X.T                                                  # (m, m), the small side
+        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+    return (X.T if tall else X).float()
+
+
+class Muon(torch.optim.Optimizer):
+    """Matrices (pointwise and dense convolutions as (C_out, C_in*k*k), linears) by Muon with `muon_lr`; embeddings, depthwise kernels, norms and
+    biases by AdamW with `lr`. muon_lr=0: AdamW for all. Decoupled weight decay on everything with two dimensions or more.
+    Each group keeps its peak rate as group["peak"]: a schedule sets group["lr"] = group["peak"] * factor."""
+
+    def __init__(self, module: nn.Module, lr: float, muon_lr: float = 0.0, weight_decay: float = 0.01, betas=(0.9, 0.99)):
+        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        groups = {"muon": [], "decay": [], "rest": []}
+        for p in module.parameters():
+            matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and id(p) not in tables
+            groups["muon" if matrix and muon_lr else "decay" if p.ndim > 1 else "rest"].append(p)
+        super().__init__([dict(params=ps, muon=name == "muon", lr=muon_lr if name == "muon" else lr, peak=muon_lr if name == "muon" else lr,
+                               weight_decay=0.0 if name == "rest" else weight_decay) for name, ps in groups.items() if ps], dict(betas=betas))
+
+    def schedule(self, factor: float):
+        for group in self.param_groups:
+            group["lr"] = group["peak"] * factor
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            lr, (b1, b2), grads = group["lr"], group["betas"], [p.grad for p in params]
+            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            if group["muon"]:
+                for p in params:
+                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+                    m.lerp_(p.grad, 0.05)
+                    g = p.grad.lerp(m, 0.95).flatten(1)              # Nesterov's look ahead
+                    p.add_(orthogonalise(g).view_as(p), alpha=-lr * max(1, g.shape[0] / g.shape[1]) ** 0.5)
+                continue
+            for p in params:
+                if "step" not in self.state[p]:
+                    self.state[p].update(step=torch.tensor(0.0), m=torch.zeros_like(p), v=torch.zeros_like(p))
+            states = [self.state[p] for p in params]
+            ms, vs = [s["m"] for s in states], [s["v"] for s in states]
+            for s in states:
+                s["step"] += 1
+            t = states[0]["step"].item()
+            torch._foreach_lerp_(ms, grads, 1 - b1)
+            torch._foreach_mul_(vs, b2)
+            torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
+            root = torch._foreach_sqrt(vs)
+            torch._foreach_div_(root, (1 - b2**t) ** 0.5)
+            torch._foreach_add_(root, 1e-8)
+            torch._foreach_addcdiv_(params, ms, root, -lr / (1 - b1**t))
+
+    def tensors(self) -> dict:
+        """{"3.momentum": tensor, ...}: the state as safetensors takes it."""
+        return {f"{i}.{k}": v for i, s in self.state_dict()["state"].items() for k, v in s.items()}
+
+    def load_tensors(self, tensors: dict):
+        state = {}
+        for key, value in tensors.items():
+            index, name = key.split(".")
+            state.setdefault(int(index), {})[name] = value
+        self.load_state_dict({"state": state, "param_groups": self.state_dict()["param_groups"]})
+
+
+class EMA:
+    """Exponential moving average of a module's parameters in fp32. The decay warms up, so that short runs are averaged over their own length."""
+
+    def __init__(self, module: torch.nn.Module, decay: float):
+        self.decay, self.steps = decay, 0
+        self.names = [n for n, _ in module.named_parameters()]
+        self.source = [p for _, p in module.named_parameters()]
+        self.shadow = [p.detach().float().clone() for p in self.source]
+
+    @torch.no_grad()
+    def update(self):
+        self.steps += 1
+        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
+        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.source], 1 - decay)
+
+    def state_dict(self) -> dict:
+        return dict(zip(self.names, self.shadow))
+
+    def load_state_dict(self, state: dict, steps: int):
+        self.steps = steps
+        for name, shadow in zip(self.names, self.shadow):
+            shadow.copy_(state[name])
+
+    @contextlib.contextmanager
+    def swapped(self):
+        """Inside, the module holds the averaged weights; afterwards its own again."""
+        raw = [p.detach().clone() for p in self.source]
+        with torch.no_grad():
+            for p, s in zip(self.source, self.shadow):
+                p.copy_(s)
+            try:
+                yield
+            finally:
+                for p, r in zip(self.source, raw):
+                    p.copy_(r)
