@@ -272,7 +272,7 @@ def train(cfg: Config):
         start = saved["step"]
         load_into(ae, state["model"], cfg.out)
         load_into(disc, state["disc"], cfg.out)
-        ema.load_state_dict(state["ema"], start)
+        ema.load_state_dict(state["ema"], saved["ema_steps"])
         opt.load_tensors(state["optimizer"])
         opt_d.load_tensors(state["optimizer_d"])
         print(f"resumed {resolve(out)} at step {start}")
@@ -280,7 +280,7 @@ def train(cfg: Config):
     def save(step):
         save_checkpoint(out / "checkpoint", {"model": ae.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(),
                                              "optimizer": opt.tensors(), "optimizer_d": opt_d.tensors()},
-                        {"config": asdict(cfg), "step": step})
+                        {"config": asdict(cfg), "step": step, "ema_steps": ema.steps})
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
