@@ -7,7 +7,7 @@ A checkpoint is a directory, never a pickle:
     optimizer.safetensors   optimiser moments and random-generator states, only in runs that can be resumed
 `latest` beside the checkpoints of a run is a text file that names the newest one.
 """
-import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, shutil, sys, time, tomllib, zlib
+import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, shutil, socket, subprocess, sys, time, tomllib, zlib
 from pathlib import Path
 
 import torch
@@ -137,6 +137,29 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     else:
         keep_memory_mapped()
     return dev, (dist.get_rank() if world > 1 else 0), world
+
+
+def start_others(processes: int):
+    """On a CPU: starts this very command as ranks 1 .. processes-1 and makes us rank 0, with an equal share of the cores each. Small networks gain
+    more from processes than from threads, which wait for each other after every operation (LOG.md)."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
+    for rank in range(1, processes):                        # they say nothing: an error of theirs breaks the group, and so shows in ours
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    os.environ["RANK"] = "0"
+    torch.set_num_threads(threads)
+
+
+def anywhere(flag: bool, world: int) -> bool:
+    """True on all ranks where it is on one: they leave a loop together, or the others would wait for ever."""
+    if world == 1:
+        return flag
+    flags = [None] * world
+    dist.all_gather_object(flags, flag)
+    return any(flags)
 
 
 def keep_memory_mapped():

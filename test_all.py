@@ -455,6 +455,20 @@ def test_sigterm_saves_and_leaves(shared, tmp_path):
     assert common.load_checkpoint(tmp_path / "a", ("model", "ema", "optimizer"))[0]["step"] >= 4
 
 
+def test_two_processes_train_as_one_and_leave_together(shared, tmp_path):
+    tiny = ["model.widths=[32,64]", "model.context_dim=32", "model.depth_down=[0,1]", "model.depth_up=[1,0]", "model.self_attn=[false,true]", "model.head_dim=32", "model.time_dim=32",
+            "text.width=32", "text.layers=1", "text.heads=2", f"ae={shared / 'ae'}", f"data.cache={shared / 'cache'}", "data.pictures=64", "data.workers=0", "batch=8", "warmup=2",
+            "val_pictures=16", "sample_steps=2", "device=cpu", "processes=2"]
+    result = run("train.py", *tiny, "steps=4", "eval_every=2", "log_every=2", f"out={tmp_path / 'a'}")
+    assert result.returncode == 0 and "done:" in result.stdout, result.stderr
+    assert [r["step"] for r in common.read_log(tmp_path / "a" / "log.csv") if r["loss"]] == ["2", "4"]
+    p = subprocess.Popen([sys.executable, "train.py", *tiny, "steps=100000", "eval_every=100000", "log_every=2", f"out={tmp_path / 'b'}"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    while "step 4/" not in p.stdout.readline():
+        assert p.poll() is None
+    p.send_signal(signal.SIGTERM)                       # to the first process alone
+    assert "saved at step" in p.communicate(timeout=60)[0] and p.returncode == 0
+
+
 def test_dropped_captions_become_the_empty_one(shared):
     cfg = train_config(shared, "unused", drop_caption=1.0)
     latents = torch.zeros(64, 16, 8, 8)

@@ -8,7 +8,7 @@ and at the end final/: the averaged weights in fp16, to ship.
 Every random draw is a function of (seed, step, micro-batch, rank): no generator's state needs saving, and a resumed run equals an
 uninterrupted one bit for bit on a CPU.
 """
-import contextlib, random, signal, sys, time
+import contextlib, os, random, signal, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import Log, UserError, friendly, load_checkpoint, load_into, peak_memory, read_config, read_log, save_checkpoint, setup
+from common import Log, UserError, anywhere, friendly, load_checkpoint, load_into, peak_memory, pick_device, read_config, read_log, save_checkpoint, setup, start_others
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from model import UNetConfig
@@ -44,6 +44,7 @@ class Config:
     steps: int = 4000
     batch: int = 64                 # a process and micro-batch
     accumulate: int = 1
+    processes: int = 1              # on a CPU without torchrun: so many are started, and share the cores
     lr: float = 1e-3
     muon_lr: float = 0.0            # of the matrices, by Muon; 0: AdamW for all
     warmup: int = 100
@@ -167,7 +168,7 @@ def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
 def train(cfg: Config):
     if cfg.amp not in ("auto", "bfloat16", "float32"):
         raise UserError(f"amp '{cfg.amp}': use auto, bfloat16 or float32")
-    if bad := [k for k in ("steps", "batch", "accumulate", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
+    if bad := [k for k in ("steps", "batch", "accumulate", "processes", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
@@ -229,7 +230,7 @@ def train(cfg: Config):
         print(f"step {step}: held-out loss {bins.mean():.4f} (raw weights {raw:.4f}); per bin of t " + " ".join(f"{v:.3f}" for v in bins), flush=True)
         plot(out / "log.csv", out / "loss.png")
 
-    while step < cfg.steps and not stop:
+    while step < cfg.steps and not (step % 5 == 0 and anywhere(bool(stop), world)):
         opt.schedule(rate(cfg, step))
         total = 0.0
         for micro in range(cfg.accumulate):
@@ -261,14 +262,16 @@ def train(cfg: Config):
             speed = cfg.log_every * cfg.batch * cfg.accumulate * world / seconds
             log(step, loss=float(total), lr=cfg.lr * rate(cfg, step - 1), grad=float(norm),
                 **{"img/s": speed, "mfu": f"{100 * speed * flops / (peak * world):.0f}%", "mem": f"{peak_memory(device):.1f}G"})
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and not stop:
+        if (step % cfg.eval_every == 0 or step == cfg.steps):
             if main:
                 save()
-                evaluate()
+                if not stop:
+                    evaluate()
                 clock = time.time()
-    if stop:
+    if step < cfg.steps:
         save()
-        print(f"stopped by SIGTERM, saved at step {step}: run the same command to go on", flush=True)
+        if main:
+            print(f"stopped by SIGTERM, saved at step {step}: run the same command to go on", flush=True)
     elif main:
         frames = [Image.open(p).convert("RGB") for p in sorted(out.glob("samples_*.png"))]
         if frames:
@@ -280,4 +283,7 @@ def train(cfg: Config):
 
 if __name__ == "__main__":
     with friendly():
-        train(read_config(Config(), sys.argv[1:], "configs/nano.toml"))
+        config = read_config(Config(), sys.argv[1:], "configs/nano.toml")
+        if config.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(config.device).type == "cpu":
+            start_others(config.processes)
+        train(config)
