@@ -3,6 +3,8 @@
     python evaluate.py --train-checker [key=value]            the detector, on renders alone (never on generated pictures)
     python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]      score, intervals, confusions: DIR/score.json and DIR/score.png
     python evaluate.py --ckpt DIR --fd 5000                   Frechet distance, precision and recall as well
+    python evaluate.py --ckpt DIR --geneval evaluation_metadata.jsonl --out DIR     pictures as GenEval's own evaluator reads them
+    python evaluate.py --ckpt DIR --dpg prompts/ --out DIR                          and as DPG-Bench's (a folder of ID.txt)
 
 Beside every score stand its ceiling (the same check on real held-out renders) and its floor (pictures against another prompt's scene).
 B batch | H W = 16 cells of 4 px, at 64 px | N pictures | F features
@@ -283,6 +285,40 @@ def score(pictures, scenes: list[Scene], checker, each: int):
     return out, verdicts, confusions
 
 
+def benchmark_folder(a):
+    """The folders that the official evaluators read. GenEval: OUT/00000/metadata.jsonl (the prompt's own line) and OUT/00000/samples/00000.png ...
+    DPG-Bench: OUT/ID.png, four pictures as two rows of two; give its script --resolution (the size) and --pic-num 4. What is there is kept."""
+    out = Path(a.out or f"runs/{'geneval' if a.geneval else 'dpg'}")
+    source, jobs = Path(a.geneval or a.dpg), []             # (prompt, where its pictures go, metadata)
+    if a.geneval:
+        try:
+            lines = [json.loads(line) for line in source.read_text().splitlines() if line.strip()]
+            jobs = [(line["prompt"], out / f"{i:05d}", line) for i, line in enumerate(lines)]
+        except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
+            raise UserError(f"{source} is not GenEval's prompts/evaluation_metadata.jsonl ({e!r}): one JSON object with a 'prompt' in each line")
+    else:
+        jobs = [(p.read_text().strip(), out / f"{p.stem}.png", None) for p in sorted(source.glob("*.txt"))]
+    if not jobs:
+        raise UserError(f"no prompts in {source}: DPG-Bench's are a folder of ID.txt")
+    device, _, _ = setup(a.device)
+    (net, config), ae, each = load_model(a.ckpt, device), load_autoencoder(a.ae, device), 4
+    for k, (prompt, place, line) in enumerate(tqdm(jobs, unit="prompt")):
+        if (place / f"samples/{each - 1:05d}.png").exists() or place.is_file():
+            continue
+        pictures = generate(net, ae, [prompt] * each, range(k * each, (k + 1) * each), config["data"]["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"])
+        if line is not None:
+            (place / "samples").mkdir(parents=True, exist_ok=True)
+            (place / "metadata.jsonl").write_text(json.dumps(line))
+            for i, picture in enumerate(pictures):
+                Image.fromarray(picture).save(place / f"samples/{i:05d}.png")
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            tmp = place.with_suffix(".tmp")                 # a half-written picture must not be kept
+            Image.fromarray(np.concatenate([np.concatenate(pictures[:2], 1), np.concatenate(pictures[2:], 1)])).save(tmp, "png")
+            tmp.rename(place)
+    print(f"{out}: {len(jobs)} prompts, {each} pictures each, of {config['data']['size']} px")
+
+
 def evaluate(a):
     device, _, _ = setup(a.device)
     checker = load_checker(a.checker, device)
@@ -343,13 +379,15 @@ def main(argv):
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance; 0 = none")
+    p.add_argument("--geneval", default="", help="GenEval's evaluation_metadata.jsonl")
+    p.add_argument("--dpg", default="", help="DPG-Bench's folder of prompts")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: the checkpoint's")
     p.add_argument("--device", default="auto")
     a = p.parse_args(argv)
     if min(a.steps, a.prompts, a.each) < 1:
         raise UserError("--steps, --prompts and --each want 1 or more")
-    evaluate(a)
+    benchmark_folder(a) if a.geneval or a.dpg else evaluate(a)
 
 
 if __name__ == "__main__":

@@ -528,6 +528,26 @@ def test_distances_between_sets_have_their_closed_forms():
     assert low < 0.5 < high and (low, high) == tuple(evaluate.interval(np.repeat([[1.0, 1], [0, 0]], 50, 0))) and 0.15 < high - low < 0.25
 
 
+def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
+    """By the loops of GenEval's evaluate_images.py and DPG-Bench's compute_dpg_bench.py."""
+    import json, os, re
+    from PIL import Image
+    lines = [{"tag": "single_object", "include": [{"class": "bench", "count": 1}], "prompt": "a photo of a bench"}, {"tag": "counting", "include": [], "prompt": "two dogs"}]
+    (tmp_path / "meta.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert run("evaluate.py", "--geneval", tmp_path / "meta.jsonl", "--out", tmp_path / "g", "--steps", 1, "--device", "cpu").returncode == 0
+    for subfolder in os.listdir(tmp_path / "g"):
+        assert subfolder.isdigit() and json.loads((tmp_path / "g" / subfolder / "metadata.jsonl").read_text()) == lines[int(subfolder)]
+        names = os.listdir(tmp_path / "g" / subfolder / "samples")
+        assert len(names) == 4 and all(re.match(r"\d+\.png", n) for n in names)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "drawtext_7.txt").write_text("a red car\n")
+    assert run("evaluate.py", "--dpg", tmp_path / "prompts", "--out", tmp_path / "d", "--steps", 1, "--device", "cpu").returncode == 0
+    assert os.listdir(tmp_path / "d") == ["drawtext_7.png"] and Image.open(tmp_path / "d" / "drawtext_7.png").size == (128, 128)
+    (tmp_path / "meta.jsonl").write_text("{")
+    fails_in_one_line(run("evaluate.py", "--geneval", tmp_path / "meta.jsonl"), "evaluation_metadata.jsonl")
+    fails_in_one_line(run("evaluate.py", "--ckpt", "assets/ae"), "checker")
+
+
 # ---------------------------------------------------------------------------- common.py: failing like a friend
 def test_config_errors_name_the_nearest_key_and_the_type(tmp_path):
     fails_in_one_line(run("train.py", "model.widhts=[32]"), "model.widhts", "did you mean 'model.widths'")
