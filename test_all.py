@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import common, data, decoder, evaluate, model, optim, sample, text, train
+import checker, common, data, decoder, evaluate, model, optim, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -478,13 +478,13 @@ def test_dropped_captions_become_the_empty_one(shared):
     assert a.shape != b.shape or not torch.equal(a, b)  # ranks see different captions
 
 
-# ---------------------------------------------------------------------------- evaluate.py
+# ---------------------------------------------------------------------------- checker.py, evaluate.py
 class Oracle(torch.nn.Module):
     """Answers as a perfect checker would: the targets of given scenes as logits."""
 
     def __init__(self, scenes):
         super().__init__()
-        self.weight, (rows, heat) = torch.nn.Parameter(torch.zeros(1)), evaluate.targets(scenes)
+        self.weight, (rows, heat) = torch.nn.Parameter(torch.zeros(1)), checker.targets(scenes)
         out = torch.zeros(len(scenes), 4 + len(data.NOUNS) + len(data.COLOURS), 16, 16)
         out[:, 0] = torch.logit(heat.clamp(1e-4, 1 - 1e-4))
         for b, r, c, dy, dx, size, noun, colour in rows.tolist():
@@ -502,9 +502,9 @@ def test_a_perfect_checker_finds_every_scene_right_and_other_scenes_wrong():
     for nouns, layout in ((12, "slots"), (0, "free")):
         source = data.Scenes(64, "test", nouns=nouns, layout=layout)
         scenes = [source.scene(i, c) for c in data.CATEGORIES for i in range(40)]
-        seen, _ = evaluate.look(Oracle(scenes), [np.zeros((64, 64, 3), np.uint8)] * len(scenes), batch=10**6)
-        assert [evaluate.judge(s, o) for s, o in zip(scenes, seen)] == [""] * len(scenes)
-        assert sum(evaluate.judge(s, o) == "" for s, o in zip(scenes, seen[1:] + seen[:1])) < 0.15 * len(scenes)
+        seen, _ = checker.look(Oracle(scenes), [np.zeros((64, 64, 3), np.uint8)] * len(scenes), batch=10**6)
+        assert [checker.judge(s, o) for s, o in zip(scenes, seen)] == [""] * len(scenes)
+        assert sum(checker.judge(s, o) == "" for s, o in zip(scenes, seen[1:] + seen[:1])) < 0.15 * len(scenes)
 
 
 @pytest.mark.parametrize("category, wrong, words", [
@@ -514,8 +514,8 @@ def test_a_perfect_checker_finds_every_scene_right_and_other_scenes_wrong():
 def test_each_kind_of_mistake_is_called_one(category, wrong, words):
     scenes = [data.Scenes(64, "test").scene(i, category) for i in range(20)]
     for s in scenes:
-        seen = [evaluate.Seen(s.groups[k].noun, s.groups[k].colour or "red", x + d / 2, y + d / 2, 1.0) for k, x, y, d in s.objects]
-        assert evaluate.judge(s, seen) == "" and words in (evaluate.judge(s, wrong(seen)) or "nothing wrong")
+        seen = [checker.Seen(s.groups[k].noun, s.groups[k].colour or "red", x + d / 2, y + d / 2, 1.0) for k, x, y, d in s.objects]
+        assert checker.judge(s, seen) == "" and words in (checker.judge(s, wrong(seen)) or "nothing wrong")
 
 
 def test_distances_between_sets_have_their_closed_forms():
