@@ -5,11 +5,12 @@
     python evaluate.py --ckpt DIR --fd 5000                   Frechet distance, precision and recall as well
     python evaluate.py --ckpt DIR --geneval evaluation_metadata.jsonl --out DIR     pictures as GenEval's own evaluator reads them
     python evaluate.py --ckpt DIR --dpg prompts/ --out DIR                          and as DPG-Bench's (a folder of ID.txt)
+    python evaluate.py --versus DIR_A DIR_B --out compare.html                      a blind comparison by people, one static page
 
 Beside every score stand its ceiling (the same check on real held-out renders) and its floor (pictures against another prompt's scene).
 N pictures | F features
 """
-import argparse, json, random, sys, time
+import argparse, base64, io, json, random, sys, time, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checker import CheckerConfig, ceiling, judge, load_checker, look, train_checker
-from common import UserError, friendly, read_config, resolve, setup
+from common import ASSETS, UserError, friendly, read_config, resolve, setup
 from data import CATEGORIES, Scene, Scenes, grid
 from decoder import load_autoencoder
 from sample import generate, load_model
@@ -99,6 +100,36 @@ def benchmark_folder(a):
     print(f"{out}: {len(jobs)} prompts, {each} pictures each, of {config['data']['size']} px")
 
 
+def versus(a):
+    """One page that shows pairs of pictures of held-out prompts, unlabelled and shuffled; it counts what a person prefers."""
+    device, _, _ = setup(a.device)
+    ae, drawn = load_autoencoder(a.ae, device), []
+    first = load_model(a.versus[0], device)[1]["data"]
+    test = Scenes(first["size"], "test", seed=13, nouns=first["nouns"], layout=first["layout"], atlas=first["atlas"])
+    captions = [test.caption(test.scene(i, c), random.Random(i)) for i in range(a.prompts) for c in CATEGORIES]
+    for path in a.versus:
+        net, config = load_model(path, device)
+        drawn.append(generate(net, ae, captions, range(len(captions)), config["data"]["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"], batch=a.batch, progress=True))
+
+    def url(picture):
+        buffer = io.BytesIO()
+        Image.fromarray(picture).save(buffer, "png")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    rng, pairs = random.Random(0), []
+    for caption, one, other in zip(captions, *drawn):
+        flip = rng.random() < 0.5
+        pairs.append({"prompt": caption, "left": url(other if flip else one), "right": url(one if flip else other), "flip": flip})
+    rng.shuffle(pairs)
+    data = json.dumps({"id": f"{zlib.crc32(json.dumps(pairs).encode()):08x}", "a": str(a.versus[0]), "b": str(a.versus[1]), "pairs": pairs}).replace("</", "<\\/")
+    out = Path(a.out or "compare.html")
+    try:
+        out.write_text((ASSETS / "compare.html").read_text().replace("/*DATA*/null", data))
+    except OSError as e:
+        raise UserError(f"cannot write {out}: {e}")
+    print(f"{out}: {len(pairs)} pairs; open it in a browser")
+
+
 def evaluate(a):
     device, _, _ = setup(a.device)
     checker = load_checker(a.checker, device)
@@ -161,13 +192,14 @@ def main(argv):
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance; 0 = none")
     p.add_argument("--geneval", default="", help="GenEval's evaluation_metadata.jsonl")
     p.add_argument("--dpg", default="", help="DPG-Bench's folder of prompts")
+    p.add_argument("--versus", nargs=2, default=(), metavar=("A", "B"), help="two checkpoints")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: the checkpoint's")
     p.add_argument("--device", default="auto")
     a = p.parse_args(argv)
     if min(a.steps, a.prompts, a.each) < 1:
         raise UserError("--steps, --prompts and --each want 1 or more")
-    benchmark_folder(a) if a.geneval or a.dpg else evaluate(a)
+    (versus if a.versus else benchmark_folder if a.geneval or a.dpg else evaluate)(a)
 
 
 if __name__ == "__main__":

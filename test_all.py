@@ -548,6 +548,31 @@ def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
     fails_in_one_line(run("evaluate.py", "--ckpt", "assets/ae"), "checker")
 
 
+def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
+    import json, re, shutil
+    browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
+    if not browser:
+        pytest.skip("no Chromium here: apt-get install chromium")
+    page = tmp_path / "compare.html"
+    assert run("evaluate.py", "--versus", "assets/scenes", "assets/ae/../scenes", "--prompts", 1, "--steps", 1, "--out", page).returncode == 0
+    data = json.loads(re.search(r"const DATA = (.*);", page.read_text())[1])
+    assert len(data["pairs"]) == 6 and 0 < sum(p["flip"] for p in data["pairs"]) < 6
+    # a visitor who always prefers the first checkpoint's looks, the second's fidelity, and sees no difference in flaws
+    page.write_text(page.read_text() + """<script>
+        const press = (q, side) => document.querySelector(`[data-question=${q}][data-side=${side}]`).click();
+        for (const p of DATA.pairs) {
+            press("aesthetics", p.flip ? "right" : "left"); press("alignment", p.flip ? "left" : "right"); press("realism", "tie"); byId("next").click();
+        }
+        byId("end").click();
+    </script>""")
+    result = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", page.as_uri()],
+                            capture_output=True, text=True, timeout=120)
+    rows = re.findall(r"<tr>(.*?)</tr>", result.stdout)
+    cells = {r[0]: r[1:] for r in (re.findall(r"<td>(.*?)</td>", row) for row in rows)}
+    assert cells["aesthetics"] == ["6", "0", "0", "61 % - 100 %"] and cells["alignment"][:3] == ["0", "6", "0"] and cells["realism"] == ["0", "0", "6", "19 % - 81 %"]
+    assert 'download="answers.json"' in result.stdout
+
+
 # ---------------------------------------------------------------------------- common.py: failing like a friend
 def test_config_errors_name_the_nearest_key_and_the_type(tmp_path):
     fails_in_one_line(run("train.py", "model.widhts=[32]"), "model.widhts", "did you mean 'model.widths'")
