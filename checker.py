@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-from common import Log, UserError, load_checkpoint, load_into, save_checkpoint, setup
+from checkpoint import load_checkpoint, load_into, save_checkpoint
+from common import Log, UserError, setup
 from data import CATEGORIES, COLOURS, NOUNS, Scene, Scenes, to_tensor
 from optim import EMA, Muon
 

@@ -1,21 +1,11 @@
-"""The one shared drawer: errors, config, devices, checkpoints, the log line.
-
-A checkpoint is a directory, never a pickle:
-    config.json             resolved config, our version, step, a CRC-32 of every other file
-    model.safetensors       weights as trained          (what the hub's from_pretrained expects)
-    ema.safetensors         their moving average        (what sampling uses when it is there)
-    optimizer.safetensors   optimiser moments and random-generator states, only in runs that can be resumed
-`latest` beside the checkpoints of a run is a text file that names the newest one.
-"""
-import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, shutil, socket, subprocess, sys, time, tomllib, zlib
+"""The one shared drawer: errors, config, devices and processes, the log line."""
+import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, socket, subprocess, sys, time, tomllib
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
-VERSION = "0.1.0"
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
 
@@ -179,114 +169,6 @@ def peak_memory(device: torch.device) -> float:
     except ImportError:
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
-
-
-# ---------------------------------------------------------------------------- checkpoints
-def crc32(path: Path) -> int:
-    value = 0
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 22):
-            value = zlib.crc32(chunk, value)
-    return value
-
-
-def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool = True):
-    """Writes {name}.safetensors for each entry of `tensors` and config.json into the directory `path`, all or nothing:
-    into a temporary directory, synced, then renamed. UserError when the disk is full; what was saved before stays."""
-    path = Path(path)
-    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    try:
-        for p in (tmp, old):
-            shutil.rmtree(p, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        config = {**config, "version": VERSION, "crc32": {}}
-        for name, state in tensors.items():
-            file = tmp / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, file)  # safetensors refuses channels_last
-            sync(file)
-            config["crc32"][file.name] = crc32(file)
-        (tmp / "config.json").write_text(json.dumps(config, indent=1))
-        sync(tmp / "config.json")
-        sync(tmp)
-        if path.exists():
-            path.rename(old)
-        tmp.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        if latest:
-            pointer = path.with_name("latest.tmp")
-            pointer.write_text(path.name)
-            sync(pointer)
-            pointer.rename(path.with_name("latest"))
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        if is_disk_full(e):
-            raise UserError(f"the disk is full: {path} was not written, older checkpoints are whole; free some space and resume") from e
-        raise
-
-
-def sync(path: Path):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def resolve(path) -> Path:
-    """A checkpoint directory, or a run's directory (then the one that `latest` names); relative to here or to the repository."""
-    path = Path(path)
-    if not path.exists() and (ROOT / path).exists():
-        path = ROOT / path                                  # "assets/ae" from any folder
-    pointer = path / "latest"
-    if pointer.is_file():
-        path = path / pointer.read_text().strip()
-    if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and model.safetensors")
-    return path
-
-
-def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
-    """Returns (config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
-    UserError when a file is missing, cut short or altered."""
-    path = resolve(path)
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} has no config.json: it is not a checkpoint of ours, or a half-written one; use another directory")
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}/config.json is damaged ({e}): use an older checkpoint of the run")
-    out = {}
-    for name in names:
-        file = path / f"{name}.safetensors"
-        if not file.is_file():
-            if name == names[0] or file.name in config.get("crc32", {}):
-                raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an older one")
-            continue
-        try:
-            expected = config.get("crc32", {}).get(file.name)
-            if expected is not None and crc32(file) != expected:
-                raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older checkpoint of the run")
-            with safe_open(file, framework="pt") as f:
-                out[name] = {k: f.get_tensor(k) for k in f.keys()}
-        except SafetensorError as e:
-            raise UserError(f"{file} is damaged or half-written ({e}): use an older checkpoint of the run")
-    return config, out
-
-
-def load_into(module: torch.nn.Module, state: dict, what: str):
-    """load_state_dict, with the first difference named in one line."""
-    own = module.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
-    if missing or extra or wrong:
-        first = (f"lacks '{missing[0]}'" if missing else f"has an unknown '{extra[0]}'" if extra else
-                 f"'{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, the config wants {tuple(own[wrong[0]].shape)}")
-        raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
-    module.load_state_dict(state)
-    return module
 
 
 # ---------------------------------------------------------------------------- log

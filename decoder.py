@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import Log, UserError, friendly, load_checkpoint, load_into, read_config, resolve, save_checkpoint, setup
+from checkpoint import load_checkpoint, load_into, resolve, save_checkpoint
+from common import Log, UserError, friendly, read_config, setup
 from data import Scenes, grid, to_tensor
 from optim import EMA, Muon
 

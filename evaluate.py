@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from checker import CheckerConfig, ceiling, judge, load_checker, look, train_checker
-from common import ASSETS, UserError, friendly, read_config, resolve, setup
+from checkpoint import resolve
+from common import ASSETS, UserError, friendly, read_config, setup
 from data import CATEGORIES, Scene, Scenes, grid
 from decoder import load_autoencoder
 from sample import generate, load_model

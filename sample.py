@@ -14,7 +14,8 @@ import torch.nn as nn
 from PIL import Image
 from tqdm import tqdm
 
-from common import UserError, fill, friendly, load_checkpoint, load_into, setup
+from checkpoint import load_checkpoint, load_into
+from common import UserError, fill, friendly, setup
 from data import grid
 from decoder import load_autoencoder
 from model import UNet, UNetConfig

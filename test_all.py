@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import checker, common, data, decoder, evaluate, model, optim, sample, text, train
+import checker, checkpoint, common, data, decoder, evaluate, model, optim, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -312,7 +312,7 @@ def test_decoder_resume_equals_uninterrupted(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         decoder.train(ae_args(tmp_path / "b", **ae))
     decoder.train(ae_args(tmp_path / "b", **ae))
-    a, b = (common.load_checkpoint(tmp_path / k, ("model", "ema", "disc"))[1] for k in "ab")
+    a, b = (checkpoint.load_checkpoint(tmp_path / k, ("model", "ema", "disc"))[1] for k in "ab")
     assert calls[5] == 3 and all(same(a[k], b[k]) for k in a)
 
 
@@ -322,7 +322,7 @@ def test_decoder_skips_a_nan_batch_and_nothing_is_spoilt(tmp_path, monkeypatch, 
     real = decoder.batch_of
     monkeypatch.setattr(decoder, "batch_of", lambda cfg, step, scenes: real(cfg, step, scenes) * (float("nan") if step == 2 else 1))
     decoder.train(ae_args(tmp_path / "a", gan_start=0.0, autoencoder=tiny_ae(attention=False).cfg))
-    state = common.load_checkpoint(tmp_path / "a", ("model", "ema", "disc"))[1]     # the GAN's discriminator too
+    state = checkpoint.load_checkpoint(tmp_path / "a", ("model", "ema", "disc"))[1]     # the GAN's discriminator too
     assert all(torch.isfinite(v).all() for s in state.values() for v in s.values())
     assert capsys.readouterr().out.count("skipped") == 1
 
@@ -398,7 +398,7 @@ def shared(tmp_path_factory):
     """A tiny autoencoder on disk, and the cache of latents that all tests of train.py share."""
     d = tmp_path_factory.mktemp("shared")
     ae = tiny_ae()
-    common.save_checkpoint(d / "ae", {"model": ae.state_dict()}, {"autoencoder": decoder.asdict(ae.cfg)}, latest=False)
+    checkpoint.save_checkpoint(d / "ae", {"model": ae.state_dict()}, {"autoencoder": decoder.asdict(ae.cfg)}, latest=False)
     return d
 
 
@@ -409,7 +409,7 @@ def train_config(shared, out, **kw):
 
 
 def weights(out):
-    return common.load_checkpoint(out, ("model", "ema", "optimizer"))[1]
+    return checkpoint.load_checkpoint(out, ("model", "ema", "optimizer"))[1]
 
 
 def test_resume_equals_uninterrupted_and_the_run_leaves_its_pictures(shared, tmp_path, monkeypatch):
@@ -452,7 +452,7 @@ def test_sigterm_saves_and_leaves(shared, tmp_path):
     p.send_signal(signal.SIGTERM)
     rest = p.communicate(timeout=60)[0]
     assert p.returncode == 0 and "saved at step" in rest
-    assert common.load_checkpoint(tmp_path / "a", ("model", "ema", "optimizer"))[0]["step"] >= 4
+    assert checkpoint.load_checkpoint(tmp_path / "a", ("model", "ema", "optimizer"))[0]["step"] >= 4
 
 
 def test_two_processes_train_as_one_and_leave_together(shared, tmp_path):
@@ -590,50 +590,50 @@ def test_overrides_reach_nested_tables(tmp_path):
 
 def test_damaged_checkpoints_are_named(tmp_path):
     weights = {"model": {"w": torch.randn(1000)}}
-    common.save_checkpoint(tmp_path / "c", weights, {"step": 1})
+    checkpoint.save_checkpoint(tmp_path / "c", weights, {"step": 1})
     file = tmp_path / "c" / "model.safetensors"
-    assert torch.equal(common.load_checkpoint(tmp_path)[1]["model"]["w"], weights["model"]["w"])
+    assert torch.equal(checkpoint.load_checkpoint(tmp_path)[1]["model"]["w"], weights["model"]["w"])
     good = file.read_bytes()
     for broken in (good[:500], good[:2000] + bytes([good[2000] ^ 1]) + good[2001:]):    # half-written; one bit flipped
         file.write_bytes(broken)
         with pytest.raises(UserError, match="model.safetensors is damaged"):
-            common.load_checkpoint(tmp_path)
+            checkpoint.load_checkpoint(tmp_path)
     file.unlink()
     with pytest.raises(UserError, match="missing"):
-        common.load_checkpoint(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
     with pytest.raises(UserError, match="no checkpoint"):
-        common.load_checkpoint(tmp_path / "nowhere")
+        checkpoint.load_checkpoint(tmp_path / "nowhere")
     (tmp_path / "c" / "config.json").write_text("{")
     with pytest.raises(UserError, match="config.json is damaged"):
-        common.load_checkpoint(tmp_path)
+        checkpoint.load_checkpoint(tmp_path)
 
 
 def test_a_full_disk_costs_nothing_that_was_saved(tmp_path):
     """A real failing write: the process may not write files over 100 kB."""
-    code = (f"import sys, torch, resource; sys.path.insert(0, {str(ROOT)!r}); import common\n"
+    code = (f"import sys, torch, resource; sys.path.insert(0, {str(ROOT)!r}); import checkpoint, common\n"
             f"with common.friendly():\n"
-            f"    common.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.ones(1000))), dict(step=1))\n"
+            f"    checkpoint.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.ones(1000))), dict(step=1))\n"
             f"    resource.setrlimit(resource.RLIMIT_FSIZE, (100000, 100000))\n"
-            f"    common.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.zeros(100000))), dict(step=2))")
+            f"    checkpoint.save_checkpoint({str(tmp_path / 'c')!r}, dict(model=dict(w=torch.zeros(100000))), dict(step=2))")
     fails_in_one_line(run("-c", code), "disk is full", "older checkpoints are whole")
-    config, state = common.load_checkpoint(tmp_path)
+    config, state = checkpoint.load_checkpoint(tmp_path)
     assert config["step"] == 1 and state["model"]["w"].sum() == 1000
     assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "latest"]
 
 
 def test_a_crash_while_saving_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    common.save_checkpoint(tmp_path / "c", {"model": {"w": torch.ones(3)}}, {"step": 1})
-    monkeypatch.setattr(common, "sync", lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
+    checkpoint.save_checkpoint(tmp_path / "c", {"model": {"w": torch.ones(3)}}, {"step": 1})
+    monkeypatch.setattr(checkpoint, "sync", lambda p: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        common.save_checkpoint(tmp_path / "c", {"model": {"w": torch.zeros(3)}}, {"step": 2})
-    assert common.load_checkpoint(tmp_path)[0]["step"] == 1
+        checkpoint.save_checkpoint(tmp_path / "c", {"model": {"w": torch.zeros(3)}}, {"step": 2})
+    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 1
 
 
 def test_weights_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="has shape"):
-        common.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(3, 2).state_dict(), "x")
+        checkpoint.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(3, 2).state_dict(), "x")
     with pytest.raises(UserError, match="lacks 'bias'"):
-        common.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False).state_dict(), "x")
+        checkpoint.load_into(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False).state_dict(), "x")
 
 
 def test_ema_follows_and_gives_back():

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from common import Log, UserError, anywhere, friendly, load_checkpoint, load_into, peak_memory, pick_device, read_config, read_log, save_checkpoint, setup, start_others
+from checkpoint import load_checkpoint, load_into, save_checkpoint
+from common import Log, UserError, anywhere, friendly, peak_memory, pick_device, read_config, read_log, setup, start_others
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from model import UNetConfig
