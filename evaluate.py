@@ -3,6 +3,7 @@
     python evaluate.py --train-checker [key=value]            the detector, on renders alone (never on generated pictures)
     python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]      score, intervals, confusions: DIR/score.json and DIR/score.png
     python evaluate.py --ckpt DIR --fd 5000                   Frechet distance, precision and recall as well
+    python evaluate.py --ckpt DIR --prompts 8 --each 1 --sheet out.png              only the pictures, to judge by eye
     python evaluate.py --ckpt DIR --geneval evaluation_metadata.jsonl --out DIR     pictures as GenEval's own evaluator reads them
     python evaluate.py --ckpt DIR --dpg prompts/ --out DIR                          and as DPG-Bench's (a folder of ID.txt)
     python evaluate.py --versus DIR_A DIR_B --out compare.html                      a blind comparison by people, one static page
@@ -133,7 +134,7 @@ def versus(a):
 
 def evaluate(a):
     device, _, _ = setup(a.device)
-    checker = load_checker(a.checker, device)
+    checker = None if a.sheet else load_checker(a.checker, device)
     net, config = load_model(a.ckpt, device)
     ae, d = load_autoencoder(a.ae, device), config["data"]
     test = Scenes(d["size"], "test", seed=9, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
@@ -142,6 +143,9 @@ def evaluate(a):
     draw = lambda captions, first: generate(net, ae, captions, range(first, first + len(captions)), d["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"], batch=a.batch, progress=True)
     begin = time.time()
     pictures = draw(captions, 0)
+    if a.sheet:
+        grid(pictures, captions, a.prompts * a.each, max(1, 128 // d["size"])).save(a.sheet)
+        return print(f"{a.sheet}: held-out prompts, a row for each of {', '.join(CATEGORIES)}")
     seconds = (time.time() - begin) / len(pictures)
     result, verdicts, confusions = score(pictures, scenes, checker, a.each)
     top = ceiling(checker, 200, d["size"], d["nouns"], d["layout"])
@@ -193,6 +197,7 @@ def main(argv):
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance; 0 = none")
     p.add_argument("--geneval", default="", help="GenEval's evaluation_metadata.jsonl")
     p.add_argument("--dpg", default="", help="DPG-Bench's folder of prompts")
+    p.add_argument("--sheet", default="", help="only draw the pictures into this file, to judge by eye")
     p.add_argument("--versus", nargs=2, default=(), metavar=("A", "B"), help="two checkpoints")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: the checkpoint's")
