@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import checker, checkpoint, common, data, decoder, evaluate, model, optim, sample, text, train
+import checker, checkpoint, common, data, decoder, evaluate, mmdit, model, optim, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -133,6 +133,88 @@ def test_starts_at_zero_and_every_parameter_learns():
         opt.step(), opt.zero_grad()
     still = [n for n, p in net.named_parameters() if torch.equal(p, before[n])]
     assert not still, still
+
+
+# ---------------------------------------------------------------------------- mmdit.py
+def sd3_tiny(folder=None, shard="10GB", **changes):
+    from diffusers import SD3Transformer2DModel
+    torch.manual_seed(0)
+    theirs = SD3Transformer2DModel(**{**dict(sample_size=16, patch_size=2, in_channels=16, num_layers=3, attention_head_dim=16, num_attention_heads=4, joint_attention_dim=40,
+        caption_projection_dim=64, pooled_projection_dim=24, out_channels=16, pos_embed_max_size=12, qk_norm="rms_norm"), **changes}).eval()
+    with torch.no_grad():                               # off the ones of the norms
+        for p in theirs.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    if folder:
+        theirs.save_pretrained(folder / "transformer", max_shard_size=shard)
+    return theirs
+
+
+@pytest.mark.parametrize("changes", [{}, dict(dual_attention_layers=(0, 1)), dict(qk_norm=None)], ids=["large", "medium", "sd3"])
+def test_mmdit_equals_diffusers(tmp_path, changes):
+    theirs = sd3_tiny(tmp_path, "200KB", **changes)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 1              # sharded
+    ours = mmdit.MMDiT.from_pretrained(tmp_path, torch.float32)
+    x, t, context, pooled = torch.randn(2, 16, 12, 20), torch.tensor([0.1, 0.9]), torch.randn(2, 7, 40), torch.randn(2, 24)
+    reference = theirs(hidden_states=x, timestep=1000 * t, encoder_hidden_states=context, pooled_projections=pooled).sample
+    velocity, taps = ours(x, t, context, pooled=pooled, features=("block1",))
+    assert torch.allclose(velocity, reference, atol=1e-5) and taps["block1"].shape == (2, 64, 6, 10)
+    fresh = mmdit.MMDiT(ours.cfg)                       # our position table, made and not loaded
+    assert torch.allclose(fresh.pos_embed.pos_embed, theirs.pos_embed.pos_embed, atol=1e-6)
+
+
+def test_mmdit_times_and_velocities_are_those_of_diffusers_scheduler():
+    from diffusers import FlowMatchEulerDiscreteScheduler
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)
+    x0, eps, t = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4), 0.6
+    scheduler.set_timesteps(sigmas=[t, 0.2])
+    assert scheduler.timesteps[0].item() == pytest.approx(1000 * t)
+    stepped = scheduler.step(eps - x0, scheduler.timesteps[0], (1 - t) * x0 + t * eps).prev_sample     # our velocity takes their step to our x_t
+    assert torch.allclose(stepped, 0.8 * x0 + 0.2 * eps, atol=1e-5)
+
+
+@pytest.mark.parametrize("ours, theirs", [({}, dict(num_layers=38, num_attention_heads=38, pos_embed_max_size=192)),
+                                          (mmdit.MEDIUM, dict(num_layers=24, num_attention_heads=24, pos_embed_max_size=384, dual_attention_layers=tuple(range(13))))], ids=["large", "medium"])
+def test_mmdit_has_the_real_sizes(ours, theirs):
+    from diffusers import SD3Transformer2DModel
+    with torch.device("meta"):
+        net = mmdit.MMDiT(mmdit.MMDiTConfig(**ours))
+        reference = SD3Transformer2DModel(sample_size=128, attention_head_dim=64, joint_attention_dim=4096, caption_projection_dim=64 * theirs["num_attention_heads"],
+                                          pooled_projection_dim=2048, qk_norm="rms_norm", **theirs)
+    assert {k: v.shape for k, v in net.state_dict().items()} == {k: v.shape for k, v in reference.state_dict().items()}
+    assert model.count_params(net) == model.count_params(reference)
+
+
+def test_mmdit_starts_at_zero_learns_and_ignores_padding():
+    torch.manual_seed(0)
+    net = mmdit.MMDiT(mmdit.MMDiTConfig(layers=2, heads=2, head_dim=16, context_dim=24, pooled_dim=24, base=4, position_max=8, dual=[0]))
+    x, t, context, mask = torch.randn(2, 16, 8, 8), torch.rand(2), torch.randn(2, 5, 24), torch.arange(5)[None] < torch.tensor([[5], [3]])
+    assert net(x, t, context).abs().max() == 0
+    before, opt = {n: p.detach().clone() for n, p in net.named_parameters()}, torch.optim.Adam(net.parameters(), 1e-2)
+    for _ in range(4):
+        (net(x, t, context, mask) - torch.randn(2, 16, 8, 8)).square().mean().backward()
+        opt.step(), opt.zero_grad()
+    still = {n for n, p in net.named_parameters() if torch.equal(p, before[n])}
+    assert still == {f"transformer_blocks.1.attn.{n}" for n in ("add_q_proj.weight", "add_q_proj.bias", "norm_added_q.weight")}   # SD3's last block asks nothing for the text
+    changed = context.clone()
+    changed[1, 3:] += 100
+    assert torch.allclose(net(x, t, context, mask), net(x, t, changed, mask), atol=1e-5)
+    with pytest.raises(ValueError, match="16 at most"):
+        net(torch.randn(1, 16, 32, 8), t[:1], context[:1])
+
+
+def test_a_teacher_that_is_not_whole_says_so(tmp_path):
+    sd3_tiny(tmp_path, "200KB")
+    file = sorted((tmp_path / "transformer").glob("*.safetensors"))[-1]
+    good = file.read_bytes()
+    file.write_bytes(good[: len(good) // 2])
+    with pytest.raises(UserError, match="damaged"):
+        mmdit.MMDiT.from_pretrained(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="incomplete"):
+        mmdit.MMDiT.from_pretrained(tmp_path)
+    (tmp_path / "transformer" / "config.json").unlink()
+    with pytest.raises(UserError, match="no config.json"):
+        mmdit.MMDiT.from_pretrained(tmp_path)
 
 
 # ---------------------------------------------------------------------------- data.py
