@@ -4,7 +4,7 @@ A checkpoint is a directory, never a pickle:
     config.json             resolved config, our version, step, a CRC-32 of every other file
     model.safetensors       weights as trained          (what the hub's from_pretrained expects)
     ema.safetensors         their moving average        (what sampling uses when it is there)
-    optimizer.safetensors   optimiser moments and random-generator states, only in runs that can be resumed
+    optimizer.safetensors   optimiser moments, only in runs that can be resumed
 `latest` beside the checkpoints of a run is a text file that names the newest one.
 """
 import json, os, shutil, zlib

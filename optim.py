@@ -1,7 +1,7 @@
 """The optimiser (Muon for matrices, AdamW for the rest), the moving average of the weights, and how both go into a checkpoint.
 
 Muon (Keller Jordan et al. 2024, MIT licence) replaces the gradient's momentum M by the nearest matrix with orthonormal rows or columns, so that
-all directions of a weight learn at one pace. On short CPU runs it needs about half of AdamW's steps (LOG.md).
+all directions of a weight learn at one pace. After equal steps of short runs its loss is clearly lower than AdamW's (LOG.md).
 """
 import contextlib
 

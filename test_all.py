@@ -636,9 +636,15 @@ def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
     if not browser:
         pytest.skip("no Chromium here: apt-get install chromium")
     page = tmp_path / "compare.html"
-    assert run("evaluate.py", "--versus", "assets/scenes", "assets/ae/../scenes", "--prompts", 1, "--steps", 1, "--out", page).returncode == 0
-    data = json.loads(re.search(r"const DATA = (.*);", page.read_text())[1])
-    assert len(data["pairs"]) == 6 and 0 < sum(p["flip"] for p in data["pairs"]) < 6
+    config, state = checkpoint.load_checkpoint("assets/scenes")
+    checkpoint.save_checkpoint(tmp_path / "b", {"model": {k: 0 * v if k == "unet.conv_out.weight" else v for k, v in state["model"].items()}}, config)
+    def pairs(a, b):
+        assert run("evaluate.py", "--versus", a, b, "--prompts", 1, "--steps", 1, "--out", page).returncode == 0
+        return json.loads(re.search(r"const DATA = (.*);", page.read_text())[1])["pairs"]
+    same, told = pairs("assets/scenes", "assets/scenes"), pairs("assets/scenes", tmp_path / "b")
+    assert len(told) == 6 and 0 < sum(p["flip"] for p in told) < 6
+    for p, q in zip(same, told):                        # the first checkpoint's picture stands right where the sides are flipped, left elsewhere
+        assert q["right" if q["flip"] else "left"] == p["left"] != q["left" if q["flip"] else "right"]
     # a visitor who always prefers the first checkpoint's looks, the second's fidelity, and sees no difference in flaws
     page.write_text(page.read_text() + """<script>
         const press = (q, side) => document.querySelector(`[data-question=${q}][data-side=${side}]`).click();

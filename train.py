@@ -263,7 +263,7 @@ def train(cfg: Config):
             speed = cfg.log_every * cfg.batch * cfg.accumulate * world / seconds
             log(step, loss=float(total), lr=cfg.lr * rate(cfg, step - 1), grad=float(norm),
                 **{"img/s": speed, "mfu": f"{100 * speed * flops / (peak * world):.0f}%", "mem": f"{peak_memory(device):.1f}G"})
-        if (step % cfg.eval_every == 0 or step == cfg.steps):
+        if step % cfg.eval_every == 0 or step == cfg.steps:
             if main:
                 save()
                 if not stop:
