@@ -152,6 +152,24 @@ def anywhere(flag: bool, world: int) -> bool:
     return any(flags)
 
 
+def use_bfloat16(amp: str, device: torch.device) -> bool:
+    """amp: bfloat16, float32, or auto: bfloat16 on CUDA and on CPUs with instructions for it (twice as fast in training; elsewhere many times slower)."""
+    if amp not in ("auto", "bfloat16", "float32"):
+        raise UserError(f"amp '{amp}': use auto, bfloat16 or float32")
+    if amp == "auto" and device.type == "cpu":
+        with contextlib.suppress(OSError):                  # /proc is Linux's
+            return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
+    return amp == "bfloat16" or (amp == "auto" and device.type == "cuda")
+
+
+def attention(q, k, v, mask=None):
+    """scaled_dot_product_attention, but in fp32 on a CPU even under autocast: its backward pass in bfloat16 is nine times slower there."""
+    if q.device.type == "cpu":
+        with torch.autocast("cpu", enabled=False):
+            return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).type_as(v)
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 def keep_memory_mapped():
     """glibc hands big buffers back to the system after every op, and page faults then dominate CPU runs: tell it to keep them."""
     with contextlib.suppress(OSError, AttributeError):

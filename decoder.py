@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, load_into, resolve, save_checkpoint
-from common import Log, UserError, friendly, read_config, setup
+from common import Log, UserError, attention, friendly, read_config, setup, use_bfloat16
 from data import Scenes, grid, to_tensor
 from optim import EMA, Muon
 
@@ -59,7 +59,7 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):
         h = self.group_norm(x).flatten(2).transpose(1, 2)[:, None]   # (B, 1, h*w, C)
-        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        h = attention(self.to_q(h), self.to_k(h), self.to_v(h))
         return x + self.to_out[0](h)[:, 0].transpose(1, 2).unflatten(2, x.shape[2:])  # (B, C, h, w)
 
 
@@ -216,7 +216,7 @@ class Config:
     latent_noise: float = 0.1      # of the latents' own deviation: the decoder must not live on their last digits
     gan_start: float = 2.0          # share of the steps after which the patch GAN joins (over 1: never)
     gan_weight: float = 0.02
-    amp: str = "auto"               # auto: bfloat16 on CUDA, else float32; bfloat16 and float32 by name
+    amp: str = "auto"               # auto, bfloat16 or float32: common.use_bfloat16
     eval_every: int = 500
     seed: int = 0
     device: str = "auto"
@@ -257,8 +257,6 @@ def rate(cfg, step):
 
 
 def train(cfg: Config):
-    if cfg.amp not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"amp '{cfg.amp}': use auto, bfloat16 or float32")
     if cfg.steps < 1 or cfg.eval_every < 1:
         raise UserError(f"steps and eval_every want 1 or more, got {cfg.steps} and {cfg.eval_every}")
     device, _, _ = setup(cfg.device)
@@ -285,7 +283,7 @@ def train(cfg: Config):
 
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    amp = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
+    amp = use_bfloat16(cfg.amp, device)
     log, clock = Log(out / "log.csv", cfg.steps, start), time.time()
     for step in range(start, cfg.steps):
         opt.schedule(rate(cfg, step))

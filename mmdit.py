@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from common import UserError
+from common import UserError, attention
 
 
 @dataclass
@@ -80,7 +80,7 @@ class Attention(nn.Module):
             q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context)))], 2)    # (B, heads, M, d)
             k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context)))], 2)
             v = torch.cat([v, split(self.add_v_proj(context))], 2)
-        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)  # (B, M, D)
+        o = attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, M, D)
         N = x.shape[1]
         if context is None:
             return self.to_out[0](o)

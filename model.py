@@ -15,6 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from common import attention
+
 # ------------------------------------------------------------------------------------------------------------------
 # Config
 
@@ -144,7 +146,7 @@ class Attention(nn.Module):
         # The R heads that share keys are folded into the sequence, as N*R queries. That is 1.3x faster than repeating the keys,
         # and with G = 1 or G = heads every line here is a view: nothing is copied.
         q = q.unflatten(2, (self.G, -1)).transpose(1, 2).flatten(2, 3)                   # (B, G, N*R, D)
-        o = F.scaled_dot_product_attention(q, k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask)
+        o = attention(q, k.transpose(1, 2), v.transpose(1, 2), mask)
         return self.out(o.unflatten(2, (N, -1)).transpose(1, 2).reshape(B, N, C))        # (B, N, C)
 
 class FeedForward(nn.Module):

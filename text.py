@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ASSETS, UserError, friendly
+from common import ASSETS, UserError, attention, friendly
 
 VOCABULARY = ASSETS / "captions.tiktoken"
 PATTERN = r" ?[^\s\d]+| ?\d|\s+"            # a word or a digit, with the blank before it
@@ -98,7 +98,7 @@ class Block(nn.Module):
 
     def forward(self, x, mask):
         q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, L, D/heads) each
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2))  # (B, L, D)
+        x = x + self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, L, D)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 

@@ -17,7 +17,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from checkpoint import load_checkpoint, load_into, save_checkpoint
-from common import Log, UserError, anywhere, friendly, peak_memory, pick_device, read_config, read_log, setup, start_others
+from common import Log, UserError, anywhere, friendly, peak_memory, pick_device, read_config, read_log, setup, start_others, use_bfloat16
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from model import UNetConfig
@@ -59,7 +59,7 @@ class Config:
     sample_steps: int = 20
     cfg: float = 4.0                # guidance of the sample grids
     compile: bool = False
-    amp: str = "auto"               # auto: bfloat16 on CUDA, else float32; or by name
+    amp: str = "auto"               # auto, bfloat16 or float32: common.use_bfloat16
     seed: int = 0
     device: str = "auto"
 
@@ -167,13 +167,11 @@ def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
 
 # ---------------------------------------------------------------------------- the loop
 def train(cfg: Config):
-    if cfg.amp not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"amp '{cfg.amp}': use auto, bfloat16 or float32")
     if bad := [k for k in ("steps", "batch", "accumulate", "processes", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
-    amp_on = cfg.amp == "bfloat16" or (cfg.amp == "auto" and device.type == "cuda")
+    amp_on = use_bfloat16(cfg.amp, device)
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
 
     ae = load_autoencoder(cfg.ae, device)
