@@ -6,6 +6,7 @@ all directions of a weight learn at one pace. After equal steps of short runs it
 import contextlib
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 
 
@@ -18,7 +19,23 @@ def orthogonalise(M):
     for _ in range(5):
         A = X @ X.T                                                  # (m, m), the small side
         X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return (X.T if tall else X).float()
+    return X.T if tall else X
+
+
+def orthogonalise_all(grads):
+    """orthogonalise() of each of a list of matrices. With several processes each does its share of them and sends it to the others."""
+    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+    order, out = sorted(range(len(grads)), key=lambda i: -grads[i].numel()), [None] * len(grads)
+    mine = {i: orthogonalise(grads[i]) for i in order[rank::world]}
+    for r in range(world):
+        indices, sizes = order[r::world], [grads[i].numel() for i in order[r::world]]
+        if world > 1:
+            flat = torch.cat([mine[i].flatten() for i in indices]) if r == rank else torch.empty(sum(sizes), dtype=torch.bfloat16, device=grads[0].device)
+            dist.broadcast(flat.view(torch.uint8), r)       # as bytes: not every backend knows bfloat16
+            mine |= {i: part.view_as(grads[i]) for i, part in zip(indices, flat.split(sizes))}
+        for i in indices:
+            out[i] = mine[i]
+    return out
 
 
 class Muon(torch.optim.Optimizer):
@@ -48,11 +65,11 @@ class Muon(torch.optim.Optimizer):
             lr, (b1, b2), grads = group["lr"], group["betas"], [p.grad for p in params]
             torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
             if group["muon"]:
-                for p in params:
-                    m = self.state[p].setdefault("momentum", torch.zeros_like(p))
-                    m.lerp_(p.grad, 0.05)
-                    g = p.grad.lerp(m, 0.95).flatten(1)              # Nesterov's look ahead
-                    p.add_(orthogonalise(g).view_as(p), alpha=-lr * max(1, g.shape[0] / g.shape[1]) ** 0.5)
+                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                torch._foreach_lerp_(momenta, grads, 0.05)
+                ahead = [g.lerp(m, 0.95).flatten(1) for g, m in zip(grads, momenta)]     # Nesterov's look ahead
+                for p, g, u in zip(params, ahead, orthogonalise_all(ahead)):
+                    p.add_(u.view_as(p), alpha=-lr * max(1, g.shape[0] / g.shape[1]) ** 0.5)
                 continue
             for p in params:
                 if "step" not in self.state[p]:
