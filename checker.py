@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from checkpoint import load_checkpoint, load_into, save_checkpoint
-from common import Log, UserError, setup
+from common import Log, UserError, setup, use_bfloat16
 from data import CATEGORIES, COLOURS, NOUNS, Scene, Scenes, to_tensor
 from optim import EMA, Muon
 
@@ -96,6 +96,8 @@ class CheckerConfig:
     muon_lr: float = 0.02
     ema: float = 0.998
     eval_every: int = 1000
+    amp: str = "auto"       # auto, bfloat16 or float32: common.use_bfloat16
+    workers: int = 1        # processes that render
     seed: int = 0
     device: str = "auto"
 
@@ -127,7 +129,8 @@ class Renders:
 def train_checker(cfg: CheckerConfig):
     device, _, _ = setup(cfg.device)
     torch.manual_seed(cfg.seed)
-    net, out, start = Checker().to(device), Path(cfg.out), 0
+    net, out, start = Checker().to(device, memory_format=torch.channels_last), Path(cfg.out), 0
+    amp = use_bfloat16(cfg.amp, device)
     opt, ema = Muon(net, cfg.lr, cfg.muon_lr), EMA(net, cfg.ema)
     if (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "optimizer"))
@@ -136,7 +139,7 @@ def train_checker(cfg: CheckerConfig):
         ema.load_state_dict(state["ema"], start)
         opt.load_tensors(state["optimizer"])
     data = Renders(cfg)
-    loader = torch.utils.data.DataLoader(data, None, sampler=range(start, cfg.steps), num_workers=1, prefetch_factor=8)
+    loader = torch.utils.data.DataLoader(data, None, sampler=range(start, cfg.steps), num_workers=cfg.workers, prefetch_factor=8)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     log, step, clock = Log(out / "log.csv", cfg.steps, start), start, time.time()
@@ -146,7 +149,9 @@ def train_checker(cfg: CheckerConfig):
 
     for pictures, rows, heat in loader:
         opt.schedule(min((step + 1) / 100, 0.5 * (1 + np.cos(np.pi * step / cfg.steps)) + 1e-3))
-        loss = checker_loss(net(to_tensor(pictures).to(device))[0], rows.to(device), heat.to(device))
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            out_map = net(to_tensor(pictures).to(device, memory_format=torch.channels_last))[0]
+        loss = checker_loss(out_map, rows.to(device), heat.to(device))
         loss.backward()
         opt.step()
         opt.zero_grad(set_to_none=True)

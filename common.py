@@ -1,5 +1,5 @@
 """The one shared drawer: errors, config, devices and processes, the log line."""
-import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, socket, subprocess, sys, time, tomllib
+import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, platform, socket, subprocess, sys, time, tomllib
 from pathlib import Path
 
 import torch
@@ -187,6 +187,16 @@ def peak_memory(device: torch.device) -> float:
     except ImportError:
         return float("nan")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+
+
+def provenance(seed: int = 0) -> dict:
+    """What stands beside every measured figure: commit ("+" where files differ from it), machine, versions, date, seed."""
+    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
+        name = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    return {"commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")), "machine": f"{name}, {os.cpu_count()} CPU cores",
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
 
 # ---------------------------------------------------------------------------- log

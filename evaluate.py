@@ -11,7 +11,7 @@
 Beside every score stand its ceiling (the same check on real held-out renders) and its floor (pictures against another prompt's scene).
 N pictures | F features
 """
-import argparse, base64, io, json, random, sys, time, zlib
+import argparse, base64, importlib.util, io, json, random, sys, time, zlib
 from collections import Counter
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from checker import CheckerConfig, ceiling, judge, load_checker, look, train_checker
 from checkpoint import resolve
-from common import ASSETS, UserError, friendly, read_config, setup
+from common import ASSETS, UserError, friendly, provenance, read_config, setup
 from data import CATEGORIES, Scene, Scenes, grid
 from decoder import load_autoencoder
 from sample import generate, load_model
@@ -46,25 +46,42 @@ def precision_recall(real, fake, k=3) -> tuple[float, float]:
     return covered(fake, real), covered(real, fake)
 
 
+def inception_fid(real, fake, device):
+    """The usual FID on InceptionV3's features, where torch-fidelity and its weights lie on this disk; else None. uint8 pictures (H, W, 3)."""
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    if not weights.exists() or importlib.util.find_spec("torch_fidelity") is None:
+        return None
+    from torch_fidelity import calculate_metrics
+    class Pictures(torch.utils.data.Dataset):
+        def __init__(self, pictures): self.pictures = pictures
+        def __len__(self): return len(self.pictures)
+        def __getitem__(self, i): return torch.from_numpy(np.array(self.pictures[i])).permute(2, 0, 1)     # (3, H, W)
+    return float(calculate_metrics(input1=Pictures(fake), input2=Pictures(real), fid=True, cuda=device.type == "cuda", save_cpu_ram=True, verbose=False)["frechet_inception_distance"])
+
+
 # ---------------------------------------------------------------------------- the score
-def interval(right, seed=0, n=2000):
-    """95 % of the mean of right (prompts, pictures) under resampling of prompts."""
-    means, rng = right.mean(1), np.random.default_rng(seed)
-    return [float(v) for v in np.percentile(means[rng.integers(0, len(means), (n, len(means)))].mean(1), (2.5, 97.5))]
+def interval(*rights, seed=0, n=2000):
+    """95 % of the mean of right (prompts, pictures) under resampling of prompts; of several categories' mean where several are given."""
+    rng = np.random.default_rng(seed)
+    means = [right.mean(1)[rng.integers(0, len(right), (n, len(right)))].mean(1) for right in rights]
+    return [float(v) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
 
 
 def score(pictures, scenes: list[Scene], checker, each: int):
-    """`each` pictures a scene, in order. Returns ({category: {score, low, high, shuffled}}, verdicts, confusions)."""
+    """`each` pictures a scene, in order. Returns ({category or "mean": {score, low, high, shuffled}}, verdicts, confusions)."""
     seen, _ = look(checker, pictures)
     asked = [s for s in scenes for _ in range(each)]
-    verdicts, out, confusions = [judge(s, o) for s, o in zip(asked, seen)], {}, {}
+    verdicts, out, confusions, rights = [judge(s, o) for s, o in zip(asked, seen)], {}, {}, []
     for category in dict.fromkeys(s.category for s in scenes):
         index = [i for i, s in enumerate(asked) if s.category == category]
         right = np.array([verdicts[i] == "" for i in index], float).reshape(-1, each)
         moved = index[each:] + index[:each]                 # each picture against the next prompt: a check that cannot fail is none
         low, high = interval(right)
+        rights.append(right)
         out[category] = {"score": float(right.mean()), "low": low, "high": high, "shuffled": float(np.mean([judge(asked[j], seen[i]) == "" for i, j in zip(index, moved)]))}
         confusions[category] = Counter(verdicts[i] for i in index if verdicts[i]).most_common(8)
+    low, high = interval(*rights)
+    out["mean"] = {"score": float(np.mean([r["score"] for r in out.values()])), "low": low, "high": high, "shuffled": float(np.mean([r["shuffled"] for r in out.values()]))}
     return out, verdicts, confusions
 
 
@@ -149,21 +166,22 @@ def evaluate(a):
     seconds = (time.time() - begin) / len(pictures)
     result, verdicts, confusions = score(pictures, scenes, checker, a.each)
     top = ceiling(checker, 200, d["size"], d["nouns"], d["layout"])
-    mean = float(np.mean([r["score"] for r in result.values()]))
+    top["mean"], confusions["mean"] = float(np.mean(list(top.values()))), []
     print(f"{a.ckpt}, {a.steps} steps, {a.sampler}, cfg {a.cfg:g}: {a.prompts} prompts a category, {a.each} pictures each, {seconds:.3f} s a picture\n")
     print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistaken most")
     for c, r in result.items():
         print(f"{c:12} {r['score']:6.3f}  {r['low']:.3f} - {r['high']:.3f} {top[c]:7.3f} {r['shuffled']:8.3f}  " + "; ".join(f"{w} ({n})" for w, n in confusions[c][:3]))
-    print(f"{'mean':12} {mean:6.3f}  {'':13} {np.mean(list(top.values())):7.3f} {np.mean([r['shuffled'] for r in result.values()]):8.3f}")
-    out = {"ckpt": str(a.ckpt), "step": config.get("step"), "steps": a.steps, "cfg": a.cfg, "sampler": a.sampler, "prompts": a.prompts, "each": a.each, "mean": mean,
-           "seconds": seconds, "categories": result, "ceiling": top, "confusions": confusions}
+    out = {"ckpt": str(a.ckpt), "step": config.get("step"), "steps": a.steps, "cfg": a.cfg, "sampler": a.sampler, "prompts": a.prompts, "each": a.each,
+           "seconds": seconds, "scores": result, "ceiling": top, "confusions": confusions, **provenance()}
     if a.fd:
         plain = Scenes(d["size"], "test", seed=11, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
-        real = look(checker, [plain[i][0] for i in tqdm(range(2 * a.fd), "renders")])[1]
-        fake = look(checker, draw([plain[i][1] for i in range(a.fd)], 10**6))[1]
+        renders, drawn = [plain[i][0] for i in tqdm(range(2 * a.fd), "renders")], draw([plain[i][1] for i in range(a.fd)], 10**6)
+        real, fake = look(checker, renders)[1], look(checker, drawn)[1]
         precision, recall = precision_recall(real[:a.fd], fake)
-        out |= {"fd": frechet(fake, real[:a.fd]), "fd_floor": frechet(real[a.fd:], real[:a.fd]), "fd_pictures": a.fd, "precision": precision, "recall": recall}
+        out |= {"fd": frechet(fake, real[:a.fd]), "fd_floor": frechet(real[a.fd:], real[:a.fd]), "fd_pictures": a.fd, "precision": precision, "recall": recall,
+                "fid": inception_fid(renders[:a.fd], drawn, device)}
         print(f"\nFrechet distance on the checker's features, {a.fd} pictures: {out['fd']:.3f} (renders against renders {out['fd_floor']:.3f}); precision {precision:.3f}, recall {recall:.3f}")
+        print("FID on InceptionV3's features: " + (f"{out['fid']:.2f}" if out["fid"] is not None else "not measured (pip install torch-fidelity, and put its weights into torch's hub folder)"))
     folder = Path(a.out or resolve(a.ckpt))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.json").write_text(json.dumps(out, indent=1))

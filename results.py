@@ -1,0 +1,89 @@
+"""Writes docs/RESULTS.md: the article's tables and figures beside what scenes can answer, from the JSON files in docs/results. Nothing is typed in
+but what the paper reports.
+
+    python evaluate.py --ckpt DIR --out docs/results/NAME [--steps N] [--cfg G] [--fd 5000]     one measurement: docs/results/NAME/score.json
+    python bench.py --ablation                                                                 docs/results/ablation.json
+    python results.py                                                                          docs/RESULTS.md
+"""
+import json, sys
+from pathlib import Path
+
+from common import ROOT, UserError, friendly
+from data import CATEGORIES
+from model import SHEET
+
+# The paper's own numbers and its rivals' (paper.md, section 7): GenEval in the order of CATEGORIES, the mean, DPG-Bench
+GENEVAL = {"SnapGen (paper), 0.38 B": (1.00, .84, .60, .88, .18, .45, .66, 81.1), "SDXL, 2.6 B": (.98, .74, .39, .85, .15, .23, .55, 74.7),
+           "Playground v2.5, 2.6 B": (.98, .77, .52, .84, .11, .17, .56, 75.5), "SD3-Medium, 2.0 B": (.98, .74, .63, .67, .34, .36, .62, 84.1),
+           "SD3.5-Large, 8.1 B (SnapGen's teacher)": (.98, .89, .73, .83, .34, .47, .71, 85.6), "SANA, 1.6 B": (.99, .77, .62, .88, .21, .47, .66, 84.8)}
+FEW_STEPS = {28: .66, 8: .63, 4: .61}
+ABLATION = {"a": "FID 3.76", "b": "FLOPs -17 %, latency -24 %, FID 3.12", "c1": "parameters -24 %, latency -62 %, FID 3.38", "c2": "against b: parameters -15 %, FLOPs -27 %, 2.4 x faster, FID as b",
+            "d": "parameters and FLOPs about -12 %", "e": "parameters -16 %, FLOPs -6 %, latency -9 %", "final": "FID 2.06"}
+CHANGE = {"a": "SDXL's layout, thin and short", "b": "no self-attention at high resolution", "c1": "separable convolutions", "c2": "their expansion 2", "d": "feed-forward x3, not x4",
+          "e": "multi-query attention", "final": "text from the first stage, QK-RMSNorm, RoPE, no skips at the lowest stage"}
+
+
+def table(header, rows) -> str:
+    """Markdown."""
+    line = lambda cells: "| " + " | ".join(str(c) for c in cells) + " |"
+    return "\n".join([line(header), line(["---"] * len(header)), *map(line, rows)])
+
+
+def made(r) -> str:
+    return f"commit {r['commit']}, {r['machine']}, torch {r['torch']}, {r['date']}, seed {r['seed']}"
+
+
+def percent(s) -> str:
+    return f"{s['score']:.3f} ({s['low']:.3f} - {s['high']:.3f})"
+
+
+def write(folder: Path) -> str:
+    runs = {p.parent.name: json.loads(p.read_text()) for p in sorted(folder.glob("*/score.json"))}
+    if not runs:
+        raise UserError(f"no score.json below {folder}: make one with `python evaluate.py --ckpt assets/scenes --out {folder}/base28`")
+    full = max(runs.values(), key=lambda r: (r["steps"], r["scores"]["mean"]["score"]))
+    out = ["# Results", "Made by `python results.py` from the JSON files in `docs/results`; the commands that made those stand there and below. "
+           "**Ours** is a small model of 64 px scenes, scored by a detector on scenes; **the paper's** are 1024 px photographs and paintings, scored by GenEval's detector. "
+           "So the columns show whether each part of the recipe works, not whether one model beats the other."]
+
+    out += ["## GenEval's six categories", table(["model", *CATEGORIES, "mean", "DPG"],
+            [[f"ours: {name}, {r['steps']} steps, guidance {r['cfg']:g}", *[f"{r['scores'][c]['score']:.2f}" for c in CATEGORIES], "**" + percent(r["scores"]["mean"]) + "**", ""] for name, r in runs.items()]
+            + [["ceiling: the same check on held-out renders", *[f"{full['ceiling'][c]:.2f}" for c in CATEGORIES], f"{full['ceiling']['mean']:.3f}", ""],
+               ["floor: pictures against the next prompt", *[f"{full['scores'][c]['shuffled']:.2f}" for c in CATEGORIES], f"{full['scores']['mean']['shuffled']:.3f}", ""]]
+            + [[name, *[f"{v:.2f}" for v in row[:7]], row[7]] for name, row in GENEVAL.items()]),
+            f"Ours: {full['prompts']} held-out prompts a category, {full['each']} pictures each; brackets: 95 % by bootstrap over prompts. Every prompt but the single objects holds a combination that was never trained on. "
+            f"{made(full)}. `python evaluate.py --ckpt DIR --steps N --cfg G --out docs/results/NAME` makes a row.",
+            "Mistaken most: " + "; ".join(f"{c}: " + ", ".join(f"{w} ({n})" for w, n in full["confusions"][c][:4]) for c in CATEGORIES if full["confusions"][c]) + "."]
+
+    out += ["## Few steps", table(["steps", "ours", "paper"], [[f"{name}: {r['steps']} steps, guidance {r['cfg']:g}", percent(r["scores"]["mean"]), FEW_STEPS.get(r["steps"], "")]
+            for name, r in sorted(runs.items(), key=lambda x: -x[1]["steps"])]),
+            "The paper's few-step rows come after adversarial distillation; ours do so where the name says it, and `base` is the model before it, which falls apart as the paper's does."]
+
+    distances = {name: r for name, r in runs.items() if "fd" in r}
+    if distances:
+        out += ["## Frechet distance", table(["model", "pictures", "distance", "floor (renders against renders)", "precision", "recall", "FID (InceptionV3)"],
+                [[name, r["fd_pictures"], f"{r['fd']:.2f}", f"{r['fd_floor']:.2f}", f"{r['precision']:.3f}", f"{r['recall']:.3f}", f"{r['fid']:.2f}" if r.get("fid") is not None else "not measured"] for name, r in distances.items()]),
+                "On the features of our own detector (224 numbers a picture), so the distance compares our models with each other only. The paper's FID of 2.06 is ImageNet at 256 px on InceptionV3's features: `configs/imagenet256.toml` is the run that would answer it."]
+
+    path = folder / "ablation.json"
+    if path.exists():
+        a = json.loads(path.read_text())
+        first = next(iter(a["rows"].values()))
+        out += ["## Design choices", table(["row", "change", "M params", "M MACs", "ms a step, 64 px", "512 px", "training pictures/s", "held-out loss", "score (95 %)", "paper: M params, GMACs at 1024 px", "paper reports"],
+                [[row, CHANGE.get(row, ""), f"{r['params'] / 1e6:.2f}", f"{r['macs'] / 1e6:.1f}", f"{1e3 * r['step_s']:.1f}", f"{1e3 * r['step_512_s']:.0f} ({first['step_512_s'] / r['step_512_s']:.2f} x)", f"{r['img_s']:.0f}",
+                  f"{r['val']:.4f}", percent(r["scores"]["mean"]), f"{SHEET[row][0]:.1f}, {SHEET[row][2]:.1f}" if row in SHEET else "", ABLATION.get(row, "")] for row, r in a["rows"].items()]),
+                f"`python bench.py --ablation`: a small grid on a CPU, {a['nouns']} nouns at {a['size']} px, {a['steps']} steps of {a['batch']} pictures, one seed: costs are solid, differences of score within the intervals are not. "
+                f"The 512 px column is the same networks, untrained for it, timed on 64x64 latents at batch 1 (x: against row a). {made(a)}."]
+
+    out += ["## What scenes do not answer", "- **Human preference** (SnapGen against SDXL, SD3-Medium, SD3.5-Large): `python evaluate.py --versus A B --out compare.html` makes the page on which people vote; no votes were collected.",
+            "- **GenEval and DPG-Bench themselves**: `--geneval` and `--dpg` write the folders that the official evaluators read; a model of scenes does not know their prompts.",
+            "- **The phone**: see `docs/COREML.md`."]
+    return "\n\n".join(out) + "\n"
+
+
+if __name__ == "__main__":
+    with friendly():
+        if len(sys.argv) > 1:
+            sys.exit(__doc__)
+        (ROOT / "docs" / "RESULTS.md").write_text(write(ROOT / "docs" / "results"))
+        print("docs/RESULTS.md")
