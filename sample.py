@@ -18,6 +18,7 @@ from checkpoint import load_checkpoint, load_into
 from common import UserError, fill, friendly, setup
 from data import grid
 from decoder import load_autoencoder
+from mmdit import MMDiT, MMDiTConfig
 from model import UNet, UNetConfig
 from text import Text, TextConfig, TextEncoder, tokenize
 
@@ -84,16 +85,32 @@ def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
     return velocity
 
 
-# ---------------------------------------------------------------------------- the model that is trained: UNet and text encoder
+# ---------------------------------------------------------------------------- the model that is trained: UNet or MMDiT, and text encoder
+def chosen(arch: str, unet, mmdit):
+    if arch not in ("unet", "mmdit"):
+        raise UserError(f"arch '{arch}': use unet or mmdit")
+    return mmdit if arch == "mmdit" else unet
+
+
 class TextToLatents(nn.Module):
-    def __init__(self, unet: UNetConfig, text: TextConfig):
+    def __init__(self, cfg: UNetConfig | MMDiTConfig, text: TextConfig):
         super().__init__()
-        self.text, self.unet = TextEncoder(text), UNet(unet)
+        if bad := [k for k in ("context_dim", "pooled_dim") if getattr(cfg, k, text.width) != text.width]:
+            raise UserError(f"{bad[0]}={getattr(cfg, bad[0])} of the {'MMDiT' if isinstance(cfg, MMDiTConfig) else 'UNet'} must equal text.width={text.width}")
+        self.text = TextEncoder(text)
+        if isinstance(cfg, MMDiTConfig):
+            self.mmdit = MMDiT(cfg)
+        else:
+            self.unet = UNet(cfg)
+
+    @property
+    def denoiser(self) -> UNet | MMDiT:
+        return self.mmdit if hasattr(self, "mmdit") else self.unet
 
     def forward(self, x, t, ids, mask):
         """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W). One call, so that DDP wraps both parts."""
         text = self.text(ids, mask)
-        return self.unet(x, t, text.emb, text.mask)
+        return self.denoiser(x, t, text.emb, text.mask)
 
     def encode(self, captions: list[str]) -> Text:
         ids, mask = tokenize(captions, self.text.cfg.max_tokens)
@@ -106,8 +123,9 @@ def load_model(path, device="cpu", ema: bool = True) -> tuple[TextToLatents, dic
     config, state = load_checkpoint(path, ("model", "ema"))
     if "model" not in config or "text" not in config:
         raise UserError(f"{path} is no text-to-picture checkpoint: its config.json lacks 'model' or 'text'")
-    net = TextToLatents(fill(UNetConfig(), config["model"], str(path)), fill(TextConfig(), config["text"], str(path)))
-    load_into(net, state["ema"] if ema and "ema" in state else state["model"], str(path))
+    empty, table = chosen(config.get("arch", "unet"), (UNetConfig(), "model"), (MMDiTConfig(), "mmdit"))
+    net = TextToLatents(fill(empty, config[table], str(path)), fill(TextConfig(), config["text"], str(path)))
+    load_into(net, {**state["model"], **(state.get("ema", {}) if ema else {})}, str(path))      # buffers are not averaged
     return net.float().to(device).eval().requires_grad_(False), config
 
 
@@ -126,8 +144,8 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
         text, empty = net.encode(captions[i:i + batch]), net.encode([""])
         n = len(text.emb)
         empty = Text(empty.emb.expand(n, -1, -1), empty.mask.expand(n, -1))
-        noise = latents_noise(seeds[i:i + batch], (net.unet.cfg.in_channels, height // 8, width // 8), device)  # (B, 16, H/8, W/8)
-        latents = SAMPLERS[sampler](guided(net.unet, text, empty, cfg, interval), noise, times(steps, shift))
+        noise = latents_noise(seeds[i:i + batch], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)  # (B, 16, H/8, W/8)
+        latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise, times(steps, shift))
         images = ae.decode(latents).clamp(-1, 1)                                                      # (B, 3, H, W)
         pictures += list(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
         bar.update(n)
@@ -160,6 +178,8 @@ def main(argv):
     size = config["data"]["size"] if a.size == [0] else a.size[0] if len(a.size) == 1 else tuple(a.size)
     if [s for s in ([size] if isinstance(size, int) else size) if s % 32 or s < 32] or (not isinstance(size, int) and len(size) != 2):
         raise UserError(f"--size {a.size}: one or two multiples of 32 pixels, such as 64 or 64 96")
+    if (largest := 8 * net.denoiser.cfg.patch * net.denoiser.cfg.position_max if config.get("arch") == "mmdit" else 10**9) < (size if isinstance(size, int) else max(size)):
+        raise UserError(f"--size {a.size}: this MMDiT's position table ends at {largest} pixels")
     tokenize(a.prompts, net.text.cfg.max_tokens)            # complain before the work begins
     ae = load_autoencoder(a.ae, device)
     captions = [c for c in a.prompts for _ in range(a.n)]

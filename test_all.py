@@ -551,6 +551,39 @@ def test_two_processes_train_as_one_and_leave_together(shared, tmp_path):
     assert "saved at step" in p.communicate(timeout=60)[0] and p.returncode == 0
 
 
+SMALL_MMDIT = dict(layers=2, heads=2, head_dim=16, context_dim=32, pooled_dim=32, base=8, position_max=8)
+
+
+def test_an_mmdit_trains_resumes_and_samples(shared, tmp_path, monkeypatch):
+    config = lambda out, **kw: train_config(shared, out, arch="mmdit", mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), **{**dict(steps=4, eval_every=2), **kw})
+    train.train(config(tmp_path / "a"))
+    real = train.rate
+    with monkeypatch.context() as m:
+        m.setattr(train, "rate", lambda cfg, step: real(cfg, step) if step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train.train(config(tmp_path / "b"))
+    train.train(config(tmp_path / "b"))
+    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer")) and a["model"]["mmdit.proj_out.weight"].abs().max() > 0
+    for folder in (tmp_path / "a", tmp_path / "a" / "final"):
+        net, config_ = sample.load_model(folder)
+        assert isinstance(net.denoiser, mmdit.MMDiT) and config_["arch"] == "mmdit"
+    assert sample.generate(net, tiny_ae(), ["a dog"], [1], steps=2)[0].shape == (64, 64, 3)
+    fails_in_one_line(run("sample.py", "a dog", "--ckpt", tmp_path / "a", "--ae", shared / "ae", "--size", "256", "--device", "cpu"), "--size", "128 pixels")
+
+
+def test_a_checkpoint_without_arch_is_a_unet_and_a_wrong_one_is_named(shared, tmp_path):
+    net = tiny_model()
+    config = {"model": vars(net.unet.cfg), "text": vars(net.text.cfg)}
+    checkpoint.save_checkpoint(tmp_path / "old", {"model": net.state_dict()}, config)
+    assert same(sample.load_model(tmp_path / "old")[0].unet.state_dict(), net.unet.state_dict())
+    with pytest.raises(UserError, match="use unet or mmdit"):
+        train.train(train_config(shared, tmp_path / "x", arch="dit"))
+    for wrong in (dict(arch="mmdit", mmdit=mmdit.MMDiTConfig(**{**SMALL_MMDIT, "pooled_dim": 16})), dict(text__width=64)):
+        with pytest.raises(UserError, match="must equal text.width"):
+            train.train(train_config(shared, tmp_path / "x", **wrong))
+
+
 def test_dropped_captions_become_the_empty_one(shared):
     cfg = train_config(shared, "unused", drop_caption=1.0)
     latents = torch.zeros(64, 16, 8, 8)

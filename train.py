@@ -1,4 +1,4 @@
-"""Trains the UNet and its text encoder by rectified flow. With no arguments: `nano`, on a laptop, in minutes.
+"""Trains a UNet (or, arch = "mmdit", a teacher) and its text encoder by rectified flow. With no arguments: `nano`, on a laptop, in minutes.
 
     python train.py [--config configs/nano.toml] [key=value ...]
     torchrun --nproc_per_node 8 train.py --config configs/base.toml
@@ -14,15 +14,17 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn as nn
 from PIL import Image, ImageDraw
 
 from checkpoint import load_checkpoint, load_into, save_checkpoint
 from common import Log, UserError, anywhere, friendly, peak_memory, pick_device, read_config, read_log, setup, start_others, use_bfloat16
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
-from model import UNetConfig
+from mmdit import MMDiTConfig
+from model import UNetConfig, count_params
 from optim import EMA, Muon
-from sample import TextToLatents, generate, load_model, shift_time
+from sample import TextToLatents, chosen, generate, load_model, shift_time
 from text import TextConfig, tokenize
 
 
@@ -36,7 +38,9 @@ class FlowConfig:
 @dataclass
 class Config:
     out: str = "runs/nano"
+    arch: str = "unet"              # unet: the table `model`; mmdit: the table `mmdit`
     model: UNetConfig = field(default_factory=UNetConfig)
+    mmdit: MMDiTConfig = field(default_factory=MMDiTConfig)
     text: TextConfig = field(default_factory=TextConfig)
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
@@ -70,6 +74,18 @@ def flow_loss(velocity, x0, eps, t):
     a = t[:, None, None, None]
     v = velocity((1 - a) * x0 + a * eps, t)                     # (B, C, H, W)
     return (v.float() - (eps - x0)).square().mean((1, 2, 3))
+
+
+class FlowObjective(nn.Module):
+    """What the loop minimises. Distillers write their own: it holds the network as `net` beside whatever else is trained, and its forward gives the
+    loss per picture (B,) and values for the log: numbers for its line, vectors for columns k0, k1, .. of log.csv alone (nan: none in this batch)."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x0, eps, t, ids, mask):
+        return flow_loss(lambda x, t: self.net(x, t, ids, mask), x0, eps, t), {}
 
 
 def draw_times(cfg: FlowConfig, n, generator, device):
@@ -155,7 +171,8 @@ def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
     from torch.utils.flop_counter import FlopCounterMode
     h = cfg.data.size // 8
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:   # on CPU tensors it counts attention as nothing
-        TextToLatents(cfg.model, cfg.text)(torch.empty(1, cfg.model.in_channels, h, h), torch.empty(1), torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool))
+        network = chosen(cfg.arch, cfg.model, cfg.mmdit)
+        TextToLatents(network, cfg.text)(torch.empty(1, network.in_channels, h, h), torch.empty(1), torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool))
     n, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if amp_on else torch.float32
     a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
     for _ in range(6):
@@ -166,13 +183,21 @@ def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
 
 
 # ---------------------------------------------------------------------------- the loop
-def train(cfg: Config):
+def train(cfg: Config, make_objective=FlowObjective):
     if bad := [k for k in ("steps", "batch", "accumulate", "processes", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
     amp_on = use_bfloat16(cfg.amp, device)
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
+
+    torch.manual_seed(cfg.seed)
+    net = TextToLatents(chosen(cfg.arch, cfg.model, cfg.mmdit), cfg.text).to(device)
+    if cfg.init:
+        load_into(net, load_model(cfg.init, device)[0].state_dict(), cfg.init)
+    objective = make_objective(net).to(device)                  # what is in it beside `net` is trained and kept, not averaged nor shipped
+    beside = lambda: {k: v for k, v in objective.state_dict().items() if not k.startswith("net.")}
+    opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
     ae = load_autoencoder(cfg.ae, device)
     ae_key = f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
@@ -187,33 +212,31 @@ def train(cfg: Config):
     shown = [test.scene(i, CATEGORIES[i % 6]) for i in range(24)]
     prompts = [test.caption(s, random.Random(0)) for s in shown]
 
-    torch.manual_seed(cfg.seed)                                 # not before: filling the cache draws numbers too
-    net = TextToLatents(cfg.model, cfg.text).to(device)
-    if cfg.init:
-        net.load_state_dict(load_model(cfg.init, device)[0].state_dict())
-    opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists():
-        saved, state = load_checkpoint(out, ("model", "ema", "optimizer"))
+        saved, state = load_checkpoint(out, ("model", "ema", "optimizer", "beside"))
         start = saved["step"]
-        load_into(net, state["model"], cfg.out)
+        load_into(objective, {**{f"net.{k}": v for k, v in state["model"].items()}, **state.get("beside", {})}, cfg.out)
         ema.load_state_dict(state["ema"], saved["ema_steps"])
         opt.load_tensors(state["optimizer"])
     if main:
-        print(f"{cfg.out}: {sum(p.numel() for p in net.unet.parameters()) / 1e6:.2f} M UNet + {sum(p.numel() for p in net.text.parameters()) / 1e6:.2f} M text encoder, "
+        print(f"{cfg.out}: {count_params(net.denoiser) / 1e6:.2f} M {type(net.denoiser).__name__} + {count_params(net.text) / 1e6:.2f} M text encoder, "
               f"{len(latents)} pictures of {cfg.data.size} px, {device}" + (f", resumed at step {start}" if start else ""), flush=True)
 
     flops, peak = costs(cfg, device, amp_on)
-    run = torch.compile(net) if cfg.compile else net
+    if cfg.compile:
+        net.compile()                                           # in place: the names of its weights stay
+    run = objective
     if world > 1:
-        run = torch.nn.parallel.DistributedDataParallel(run, device_ids=[device.index] if device.type == "cuda" else None)
+        run = nn.parallel.DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    log, clock, skipped, in_a_row, step = Log(out / "log.csv", cfg.steps, start, quiet=not main), time.time(), 0, 0, start
+    log, clock, skipped, in_a_row, step, seen = Log(out / "log.csv", cfg.steps, start, quiet=not main), time.time(), 0, 0, start, []
 
     def save():
         if main:
-            save_checkpoint(out / "checkpoint", {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.tensors()},
+            tensors = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.tensors(), "beside": beside()}
+            save_checkpoint(out / "checkpoint", {k: v for k, v in tensors.items() if v},
                             {**asdict(cfg), "step": step, "ema_steps": ema.steps})
 
     def evaluate():
@@ -240,17 +263,19 @@ def train(cfg: Config):
             last = micro == cfg.accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else run.no_sync():
                 with amp():
-                    loss = flow_loss(lambda x, t: run(x, t, ids, mask), x0, eps, t).mean() / cfg.accumulate
+                    losses, values = run(x0, eps, t, ids, mask)
+                    loss = losses.mean() / cfg.accumulate
                 loss.backward()
             total += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(net.parameters(), cfg.clip)
+            seen += [values] if main else []
+        norm = nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)
         if torch.isfinite(norm):
             opt.step()
             ema.update()
             in_a_row = 0
         else:                                                   # the same on all ranks: gradients are averaged already
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            culprit = next((n for n, p in net.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), "the norm alone")
+            culprit = next((n for n, p in objective.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), "the norm alone")
             print(f"step {step}: loss {float(total):.4g}, gradient not finite (first in {culprit}): step skipped, {skipped} so far", flush=True)
             if in_a_row == 20:
                 raise UserError(f"20 steps in a row without a finite gradient: lower lr (now {cfg.lr:g}) or set amp=float32; the last good checkpoint is in {out}")
@@ -259,8 +284,11 @@ def train(cfg: Config):
         if step % cfg.log_every == 0 and main:
             seconds, clock = time.time() - clock, time.time()
             speed = cfg.log_every * cfg.batch * cfg.accumulate * world / seconds
-            log(step, loss=float(total), lr=cfg.lr * rate(cfg, step - 1), grad=float(norm),
+            means, seen = {k: torch.stack([v[k] for v in seen]).nanmean(0).tolist() for k in values}, []
+            log(step, loss=float(total), **{k: v for k, v in means.items() if isinstance(v, float)}, lr=cfg.lr * rate(cfg, step - 1), grad=float(norm),
                 **{"img/s": speed, "mfu": f"{100 * speed * flops / (peak * world):.0f}%", "mem": f"{peak_memory(device):.1f}G"})
+            if bins := {f"{k}{i}": x for k, v in means.items() if isinstance(v, list) for i, x in enumerate(v)}:
+                log(step, show=False, **bins)
         if step % cfg.eval_every == 0 or step == cfg.steps:
             if main:
                 save()
