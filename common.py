@@ -129,14 +129,17 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     return dev, (dist.get_rank() if world > 1 else 0), world
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def start_others(processes: int):
     """On a CPU: starts this very command as ranks 1 .. processes-1 and makes us rank 0, with an equal share of the cores each. Small networks gain
     more from processes than from threads, which wait for each other after every operation (LOG.md)."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
     threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
     for rank in range(1, processes):                        # they say nothing: an error of theirs breaks the group, and so shows in ours
         subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     os.environ["RANK"] = "0"

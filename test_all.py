@@ -1,5 +1,5 @@
 """The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
-import random, signal, subprocess, sys, time
+import os, random, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import checker, checkpoint, common, data, decoder, evaluate, mmdit, model, optim, sample, text, train
+import bench, checker, checkpoint, common, data, decoder, evaluate, mmdit, model, optim, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -795,6 +795,46 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
     before = net[0].weight.detach().clone()
     opt.step()
     assert 0.6 * 0.02 < torch.linalg.matrix_norm((net[0].weight - before).flatten(1), 2) / 2**0.5 < 1.3 * 0.02
+
+
+def test_processes_share_muons_work_and_get_the_same():
+    code = ("import torch, torch.distributed as dist, optim; torch.manual_seed(0); grads = [torch.randn(s) for s in ((32, 48), (64, 16), (16, 16), (16, 40), (24, 24))]\n"
+            "alone, seen, real = optim.orthogonalise_all(grads), [], optim.orthogonalise\n"
+            "optim.orthogonalise = lambda M: seen.append(1) or real(M)\n"
+            "dist.init_process_group('gloo'); shared = optim.orthogonalise_all(grads); dist.destroy_process_group()\n"
+            "print(len(seen), all(torch.equal(a, b) for a, b in zip(alone, shared)))")
+    port = common.free_port()
+    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                              env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(r)}) for r in (0, 1)]
+    assert [p.communicate(timeout=120)[0].split() for p in ranks] == [["3", "True"], ["2", "True"]]
+
+
+# ---------------------------------------------------------------------------- bench.py, results.py
+def test_the_small_ladder_changes_what_the_papers_does():
+    base = common.read_config(train.Config(), ["--config", str(ROOT / "configs/ablation.toml")]).model
+    rows = {row: bench.at_small_width(row, base) for row in bench.ROWS}
+    for (name, m), before in zip(list(rows.items())[1:-1], rows.values()):
+        assert {k for k, v in vars(m).items() if v != getattr(before, k)} == set(model.LADDER[name])
+    with torch.device("meta"):
+        sizes = {row: model.count_params(model.UNet(m)) for row, m in rows.items()}
+    order = sorted(("a", "b", "c2", "d", "e", "final"), key=lambda r: -sizes[r])
+    assert order == ["a", "b", "c2", "d", "e", "final"] and sizes["c1"] < sizes["c2"]        # as in the paper's
+    assert {r: m.widths for r, m in rows.items()} == {r: base.widths for r in rows} and rows["final"].depth_down == [1, 1, 2] and rows["a"].depth_down == [0, 1, 2]
+
+
+def test_results_page_holds_what_was_measured(tmp_path):
+    import json
+    with pytest.raises(UserError, match="evaluate.py --ckpt"):
+        results.write(tmp_path)
+    one = lambda v: {"score": v, "low": v - 0.02, "high": v + 0.02, "shuffled": 0.03}
+    about = dict(step=7, cfg=4.0, sampler="dpmpp", prompts=60, each=4, seconds=0.1, ceiling={c: 0.98 for c in (*data.CATEGORIES, "mean")}, confusions={c: [["dog became cat", 3]] for c in data.CATEGORIES},
+                 commit="abc1234", machine="a machine", torch="2.13.0", date="2026-11-24", seed=0)
+    for name, steps, v in (("base28", 28, 0.7123), ("base4", 4, 0.234)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score.json").write_text(json.dumps({**about, "steps": steps, "scores": {c: one(v) for c in (*data.CATEGORIES, "mean")}}))
+    page = results.write(tmp_path)
+    assert "0.712 (0.692 - 0.732)" in page and "0.234 (0.214 - 0.254)" in page and "commit abc1234, a machine" in page and "dog became cat (3)" in page and "| 0.66 | 81.1 |" in page
+    assert "Design choices" not in page and "Frechet" not in page                          # nothing that was not measured
 
 
 # ---------------------------------------------------------------------------- the command line
