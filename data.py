@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from common import ASSETS, UserError, friendly
+from common import ASSETS, UserError, friendly, use_bfloat16
 
 # ---------------------------------------------------------------------------- the vocabulary of scenes
 # noun: code point of the sprite. The first twelve are those of the `nano` config.
@@ -337,7 +337,8 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
     if not path.exists():
         scenes, device = scenes_of(cfg, split), next(ae.parameters()).device
         loader = torch.utils.data.DataLoader(Pictures(scenes, n), 64, num_workers=cfg.workers)
-        with torch.inference_mode():
+        ae = ae.to(memory_format=torch.channels_last)       # with bfloat16, where the machine has it, 3.5 times faster than without both
+        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16("auto", device)):
             latents = torch.cat([ae.encode(to_tensor(b).to(device)).half().contiguous().cpu() for b in tqdm(loader, f"render and encode {n} {split} scenes", unit="batch")])
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".tmp{os.getpid()}")

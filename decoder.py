@@ -2,11 +2,11 @@
 fit), the decoder is SnapGen's tiny one: 1.38 M parameters against SD3's 49.5 M (paper.md, section 2).
 
     python decoder.py --config configs/ae.toml [key=value]    trains on scenes, resumes by itself, ends in out/final
-    python decoder.py --test DIR [out.png]                     PSNR on held-out scenes, and a picture: input, output, difference
+    python decoder.py --test DIR [out.png [out.json]]          PSNR on held-out scenes, and a picture: input, output, difference
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
-import signal, sys, time
+import json, signal, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from checkpoint import load_checkpoint, load_into, resolve, save_checkpoint
-from common import Log, UserError, attention, friendly, read_config, setup, use_bfloat16
+from common import Log, UserError, attention, friendly, provenance, read_config, setup, use_bfloat16
 from data import Scenes, grid, to_tensor
 from optim import EMA, Muon
 
@@ -352,12 +352,14 @@ def export(ae, path, device, cfg, n=256):
 
 
 def main(argv):
-    if argv[:1] == ["--test"] and len(argv) in (2, 3):
-        ae = load_autoencoder(argv[1])
+    if argv[:1] == ["--test"] and len(argv) in (2, 3, 4):
+        ae, out = load_autoencoder(argv[1]), {"ckpt": argv[1], **provenance(1), "psnr": {}}
         for size, n in ((64, 128), (128, 64), (256, 32)):
-            value, pairs = psnr(ae, size, n)
-            print(f"held-out scenes, {size} px: {value:.2f} dB PSNR ({n} pictures)")
+            out["psnr"][size], pairs = psnr(ae, size, n)
+            print(f"held-out scenes, {size} px: {out['psnr'][size]:.2f} dB PSNR ({n} pictures)")
         recon_picture(pairs).save(argv[2] if len(argv) > 2 else "recon.png")
+        if len(argv) > 3:
+            Path(argv[3]).write_text(json.dumps(out, indent=1))
     else:
         train(read_config(Config(), argv, "configs/ae.toml"))
 

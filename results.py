@@ -3,14 +3,19 @@ but what the paper reports.
 
     python evaluate.py --ckpt DIR --out docs/results/NAME [--steps N] [--cfg G] [--fd 5000]     one measurement: docs/results/NAME/score.json
     python bench.py --ablation                                                                 docs/results/ablation.json
+    python decoder.py --test assets/ae docs/ae.png docs/results/ae.json
     python results.py                                                                          docs/RESULTS.md
 """
 import json, sys
 from pathlib import Path
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from common import ROOT, UserError, friendly
 from data import CATEGORIES
-from model import SHEET
+from decoder import AutoencoderConfig, tiny_decoder
+from model import SHEET, count_params
 
 # The paper's own numbers and its rivals' (paper.md, section 7): GenEval in the order of CATEGORIES, the mean, DPG-Bench
 GENEVAL = {"SnapGen (paper), 0.38 B": (1.00, .84, .60, .88, .18, .45, .66, 81.1), "SDXL, 2.6 B": (.98, .74, .39, .85, .15, .23, .55, 74.7),
@@ -35,6 +40,14 @@ def made(r) -> str:
 
 def percent(s) -> str:
     return f"{s['score']:.3f} ({s['low']:.3f} - {s['high']:.3f})"
+
+
+def decoder_cost() -> tuple[float, float]:
+    """M parameters and GFLOPs (2 a multiply-add) of our decoder at 1024 px, counted on the meta device."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = tiny_decoder(AutoencoderConfig())
+        net(torch.empty(1, 16, 128, 128))
+    return count_params(net) / 1e6, counter.get_total_flops() / 1e9
 
 
 def write(folder: Path) -> str:
@@ -74,6 +87,15 @@ def write(folder: Path) -> str:
                   f"{r['val']:.4f}", percent(r["scores"]["mean"]), f"{SHEET[row][0]:.1f}, {SHEET[row][2]:.1f}" if row in SHEET else "", ABLATION.get(row, "")] for row, r in a["rows"].items()]),
                 f"`python bench.py --ablation`: a small grid on a CPU, {a['nouns']} nouns at {a['size']} px, {a['steps']} steps of {a['batch']} pictures, one seed: costs are solid, differences of score within the intervals are not. "
                 f"The 512 px column is the same networks, untrained for it, timed on 64x64 latents at batch 1 (x: against row a). {made(a)}."]
+
+    path = folder / "ae.json"
+    if path.exists():
+        ae, (params, flops) = json.loads(path.read_text()), decoder_cost()
+        quality = ", ".join(f"{v:.1f} dB at {size} px" for size, v in ae["psnr"].items())
+        out += ["## Decoder", table(["decoder", "M params", "GFLOPs at 1024 px", "quality", "iPhone, 1024 px"],
+                [["ours", f"{params:.2f}", f"{flops:.0f}", f"PSNR on held-out scenes {quality}", "not measured"], ["SnapGen (paper)", "1.38", "", "", "174 ms (article), about 120 ms (project page)"],
+                 ["SDXL, SD3 (paper)", "49.5", "10472 (SD3)", "", "out of memory on the Neural Engine"], ["TAESD3", "1.23", "566", "", ""]]),
+                f"`python decoder.py --test assets/ae docs/ae.png docs/results/ae.json`, {made(ae)}. The PSNR is that of the whole autoencoder on pictures of emoji: not comparable with photographs."]
 
     out += ["## What scenes do not answer", "- **Human preference** (SnapGen against SDXL, SD3-Medium, SD3.5-Large): `python evaluate.py --versus A B --out compare.html` makes the page on which people vote; no votes were collected.",
             "- **GenEval and DPG-Bench themselves**: `--geneval` and `--dpg` write the folders that the official evaluators read; a model of scenes does not know their prompts.",
