@@ -338,8 +338,11 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
         scenes, device = scenes_of(cfg, split), next(ae.parameters()).device
         loader = torch.utils.data.DataLoader(Pictures(scenes, n), 64, num_workers=cfg.workers)
         ae = ae.to(memory_format=torch.channels_last)       # with bfloat16, where the machine has it, 3.5 times faster than without both
-        with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16("auto", device)):
-            latents = torch.cat([ae.encode(to_tensor(b).to(device)).half().contiguous().cpu() for b in tqdm(loader, f"render and encode {n} {split} scenes", unit="batch")])
+        parts = []
+        for pictures in tqdm(loader, f"render and encode {n} {split} scenes", unit="batch"):
+            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16("auto", device)):
+                parts.append(ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu())
+        latents = torch.cat(parts)                          # (n, 16, size/8, size/8)
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".tmp{os.getpid()}")
         save_file({"latents": latents}, tmp)
