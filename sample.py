@@ -107,10 +107,10 @@ class TextToLatents(nn.Module):
     def denoiser(self) -> UNet | MMDiT:
         return self.mmdit if hasattr(self, "mmdit") else self.unet
 
-    def forward(self, x, t, ids, mask):
-        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W). One call, so that DDP wraps both parts."""
+    def forward(self, x, t, ids, mask, features=()):
+        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W), and the denoiser's features where some are named."""
         text = self.text(ids, mask)
-        return self.denoiser(x, t, text.emb, text.mask)
+        return self.denoiser(x, t, text.emb, text.mask, features=features)
 
     def encode(self, captions: list[str]) -> Text:
         ids, mask = tokenize(captions, self.text.cfg.max_tokens)
