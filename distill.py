@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image
 
 import train
 from checkpoint import load_checkpoint, resolve
@@ -226,33 +226,26 @@ class Distill(nn.Module):
 
 # ---------------------------------------------------------------------------- --plot
 def plot(run):
-    """Mean losses in 8 bins of t over the last half of the run, as they are and as they enter L: RUN/scaling.png."""
-    rows = [r for r in read_log(Path(run) / "log.csv") if r.get("bin_task0")]
-    rows = rows[len(rows) // 2:]
-    mean = lambda k: [float(np.nanmean(v)) if (v := np.array([float(r[f"{k}{b}"]) for r in rows if r.get(f"{k}{b}")])).size and np.isfinite(v).any() else np.nan for b in range(8)]
-    if not rows or "bin_task_scaled0" not in rows[-1]:
+    """RUN/scaling.png: mean losses in 8 bins of t over the last half of the run, left as they are, right as they enter L."""
+    rows = [r for r in read_log(Path(run) / "log.csv") if r.get("bin_task_scaled0")]
+    rows, charts = rows[len(rows) // 2:], []
+    if not rows:
         raise UserError(f"{run}/log.csv holds no distillation: give a run of distill.py with kd or featkd, after its first log line")
-    W, H, M, colours = 460, 320, 44, {"task": (40, 90, 220), "kd": (220, 110, 30), "feat": (60, 150, 70)}
-    image = Image.new("RGB", (2 * W, H), (255, 255, 255))
-    d = ImageDraw.Draw(image)
-    for panel, (suffix, title) in enumerate((("", "as they are"), ("_scaled", "as they enter L"))):
-        lines = {k: mean(f"bin_{k}{suffix}") for k in colours if f"bin_{k}{suffix}0" in rows[-1]}
-        values = [v for line in lines.values() for v in line if np.isfinite(v) and v > 0]
-        low, high = np.log(min(values)) - 0.1, np.log(max(values)) + 0.1
-        at = lambda b, v: (panel * W + M + (W - 2 * M) * (b + 0.5) / 8, H - M - (H - 2 * M) * (np.log(v) - low) / (high - low))
-        for k in range(5):
-            value = float(np.exp(low + (high - low) * k / 4))
-            d.line((panel * W + M, at(0, value)[1], panel * W + W - M, at(0, value)[1]), (230, 230, 230))
-            d.text((panel * W + 4, at(0, value)[1] - 6), f"{value:.3f}", (90, 90, 90))
-        for k, (name, line) in enumerate(lines.items()):
-            d.line([at(b, v) for b, v in enumerate(line) if np.isfinite(v) and v > 0], colours[name], 2)
-            d.text((panel * W + W - 2 * M, 8 + 12 * k), f"L_{name}", colours[name])
-        d.text((panel * W + M, 14), title, (0, 0, 0))
-        d.text((panel * W + M, H - M + 10), "t = 0 (picture)" + " " * 30 + "t = 1 (noise)", (90, 90, 90))
-    image.save(Path(run) / "scaling.png")
     print(f"{run}/scaling.png, over {len(rows)} log lines; means per bin of t:")
-    for k in [f"bin_{k}{s}" for s in ("", "_scaled") for k in colours if f"bin_{k}{s}0" in rows[-1]]:
-        print(f"{k[4:]:12} " + " ".join(f"{v:.4f}" for v in mean(k)))
+    for suffix, title in (("", "as they are"), ("_scaled", "as they enter L")):
+        lines = []
+        for name, colour, word in (("task", (40, 90, 220), "blue"), ("kd", (220, 110, 30), "orange"), ("feat", (60, 150, 70), "green")):
+            table = np.array([[float(r[f"bin_{name}{suffix}{b}"]) for b in range(8)] for r in rows if r.get(f"bin_{name}{suffix}0")])       # (lines, 8); nan: no picture fell there
+            if len(table):
+                means = [np.mean(column[np.isfinite(column)]) if np.isfinite(column).any() else np.nan for column in table.T]
+                print(f"{name + suffix:12} " + " ".join(f"{v:.4f}" for v in means))
+                lines.append(([((b + 0.5) / 8, v) for b, v in enumerate(means) if v > 0], colour))
+                title += f"   {word}: L_{name}"
+        charts.append(train.chart(lines, f"t = 0 (picture) .. 1 (noise); {title}", 480, 320))
+    image = Image.new("RGB", (960, 320), (255, 255, 255))
+    for k, c in enumerate(c for c in charts if c):
+        image.paste(c, (480 * k, 0))
+    image.save(Path(run) / "scaling.png")
 
 
 # ---------------------------------------------------------------------------- --dry-run
