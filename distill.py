@@ -25,11 +25,11 @@ from PIL import Image
 
 import train
 from checkpoint import load_checkpoint, resolve
-from common import UserError, fill, friendly, pick_device, read_config, read_log, start_others
+from common import UserError, friendly, pick_device, read_config, read_log, start_others
 from mmdit import MEDIUM, Block, MMDiT, MMDiTConfig, sd3_config
-from model import Layer, UNet, UNetConfig, count_params
+from model import Layer, count_params
 from optim import Muon
-from sample import TextToLatents, chosen, load_model
+from sample import TextToLatents, build, chosen, load_model, network_of
 from text import encoding, tokenize
 
 
@@ -66,6 +66,10 @@ def find_teacher(name: str) -> tuple[str, Path | str]:
     return ("sd3" if sd3 else "ours"), folder
 
 
+def teacher_tap(cfg: Config, network) -> str:
+    return cfg.teacher_tap or (f"block{network.layers - 1}" if isinstance(network, MMDiTConfig) else cfg.student_tap)
+
+
 class Teacher:
     """Frozen, in eval, in bf16 on CUDA. No nn.Module: the objective that holds it neither trains it, nor saves it, nor exchanges its gradients."""
 
@@ -84,7 +88,7 @@ class Teacher:
                 self.empty = self.text(ids, mask)               # (1, 1, W): for guidance, the same in every batch
         else:
             self.denoiser = MMDiT.from_pretrained(where, dtype, device)
-        self.tap = cfg.teacher_tap or (f"block{self.denoiser.cfg.layers - 1}" if isinstance(self.denoiser, MMDiT) else cfg.student_tap)
+        self.tap = teacher_tap(cfg, self.denoiser.cfg)
         if cfg.compile and device.type == "cuda":
             self.denoiser.compile()
 
@@ -136,7 +140,7 @@ class TaskWeight:
 def tap_shape(network, tap: str, size: int) -> tuple[int, int, int]:
     """(C, h, w) of a network's feature, from a pass on the meta device."""
     with torch.device("meta"), torch.no_grad():
-        net = (MMDiT if isinstance(network, MMDiTConfig) else UNet)(network)
+        net = build(network)
         names = [f"block{i}" for i in range(network.layers)] if isinstance(network, MMDiTConfig) else [f"down{i}" for i in range(len(net.down))] + ["mid"] + [f"up{i}" for i in range(len(net.up))]
         if tap not in names:
             raise UserError(f"no tap '{tap}' in the {type(net).__name__}: it has " + ", ".join(names))
@@ -265,7 +269,7 @@ def activations(network, batch: int, size: int, tokens: int, amp: bool) -> tuple
         kept.setdefault(x.untyped_storage()._cdata, (x, unit[0]))
         return x
     with FakeTensorMode():
-        net = (MMDiT if isinstance(network, MMDiTConfig) else UNet)(replace(network, checkpoint=False))
+        net = build(replace(network, checkpoint=False))
         for m in net.modules():
             if isinstance(m, (Layer, Block)):
                 m.register_forward_pre_hook(enter)
@@ -291,21 +295,18 @@ def teacher_network(name: str):
         return MMDiTConfig(**(MEDIUM if "medium" in where else {}))
     if kind == "sd3":
         return sd3_config(where)
-    config = load_checkpoint(where)[0]
-    empty, table = chosen(config.get("arch", "unet"), (UNetConfig(), "model"), (MMDiTConfig(), "mmdit"))
-    return fill(empty, config[table], name)
+    return network_of(load_checkpoint(where)[0], where)
 
 
 def dry_run(cfg: Config) -> dict:
     """Prints, and returns in numbers, what the two networks need. The text encoders are not counted."""
     student, teacher, amp, GiB = chosen(cfg.arch, cfg.model, cfg.mmdit), teacher_network(cfg.teacher), cfg.amp != "float32", 2**30
-    make = lambda n: (MMDiT if isinstance(n, MMDiTConfig) else UNet)(n)
     with torch.device("meta"):
-        nets = nn.ModuleDict({"net": make(student)})
-        theirs = make(teacher)
+        nets = nn.ModuleDict({"net": build(student)})
+        theirs = build(teacher)
         if cfg.featkd:
-            tap = cfg.teacher_tap or (f"block{teacher.layers - 1}" if isinstance(teacher, MMDiTConfig) else cfg.student_tap)
-            nets["projector"] = make_projector(cfg.projector, tap_shape(student, cfg.student_tap, cfg.data.size)[0], tap_shape(teacher, tap, cfg.data.size)[0])
+            C, D = tap_shape(student, cfg.student_tap, cfg.data.size)[0], tap_shape(teacher, teacher_tap(cfg, teacher), cfg.data.size)[0]
+            nets["projector"] = make_projector(cfg.projector, C, D)
         optimiser = sum(p.numel() * (4 if g["muon"] else 8) for g in Muon(nets, cfg.lr, cfg.muon_lr).param_groups for p in g["params"])
     n, n_T, n_own = count_params(nets["net"]), count_params(theirs), count_params(nets)
     out = {"teacher": n_T, "student": n, "teacher_weights": 2 * n_T, "teacher_activations": activations(teacher, cfg.batch, cfg.data.size, cfg.tokens, amp)[1],

@@ -616,7 +616,7 @@ def distill_config(shared, out, **kw):
 def a_batch(n=6):
     g = torch.Generator().manual_seed(5)
     ids, mask = text.tokenize(["a red car", "", "three dogs", "a cat", "a blue panda left of a tree", "a key"][:n])
-    return torch.randn(n, 16, 8, 8, generator=g), torch.randn(n, 16, 8, 8, generator=g), torch.tensor([0.05, 0.23, 0.41, 0.45, 0.77, 0.95][:n]), ids, mask      # two in one bin of t
+    return torch.randn(n, 16, 8, 8, generator=g), torch.randn(n, 16, 8, 8, generator=g), torch.tensor([0.05, 0.1, 0.3, 0.5, 0.7, 0.95][:n]), ids, mask      # two in one bin of t
 
 
 def objective_of(shared, **kw):
