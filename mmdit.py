@@ -1,7 +1,7 @@
 """The teacher: SD3.5's MMDiT (Esser et al. 2024) in plain PyTorch. Text and image are two streams with weights of their own that attend jointly.
 
 Modules bear diffusers' names, so that `stabilityai/stable-diffusion-3.5-large` (and -medium, and -large-turbo) load as they are; small configs train
-from scratch on scenes (train.py, model = "mmdit").
+from scratch on scenes (train.py, arch = "mmdit").
 
 B batch | C latent channels | H W latent rows, columns | N = (H/2)(W/2) image tokens | L text tokens | D width | M = N + L
 """
@@ -146,6 +146,18 @@ def mlp(d_in, d_out):
     return m
 
 
+def sd3_config(folder: Path) -> MMDiTConfig:
+    """From diffusers' config.json, in the folder or in its `transformer`."""
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    try:
+        raw = json.loads((folder / "config.json").read_text())
+        return MMDiTConfig(in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"], heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
+                           context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"], base=raw["sample_size"] // raw["patch_size"],
+                           position_max=raw["pos_embed_max_size"], qk_norm=raw.get("qk_norm") == "rms_norm", dual=list(raw.get("dual_attention_layers") or []))
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(f"{folder} has no config.json of an SD3 transformer ({e!r})")
+
+
 class MMDiT(nn.Module):
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()
@@ -220,13 +232,7 @@ class MMDiT(nn.Module):
             except Exception as e:
                 raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`")
         folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        try:
-            raw = json.loads((folder / "config.json").read_text())
-            cfg = MMDiTConfig(in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"], heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
-                              context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"], base=raw["sample_size"] // raw["patch_size"],
-                              position_max=raw["pos_embed_max_size"], qk_norm=raw.get("qk_norm") == "rms_norm", dual=list(raw.get("dual_attention_layers") or []))
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(f"{folder} has no config.json of an SD3 transformer ({e!r})")
+        cfg = sd3_config(folder)
         with torch.device("meta"):
             net = cls(cfg)
         wanted = set(net.state_dict())

@@ -92,25 +92,32 @@ def chosen(arch: str, unet, mmdit):
     return mmdit if arch == "mmdit" else unet
 
 
+def network_of(config: dict, where) -> UNetConfig | MMDiTConfig:
+    """Of a checkpoint's config.json; before there was an `arch`, all were UNets."""
+    empty, table = chosen(config.get("arch", "unet"), (UNetConfig(), "model"), (MMDiTConfig(), "mmdit"))
+    return fill(empty, config[table], str(where))
+
+
+def build(cfg: UNetConfig | MMDiTConfig) -> UNet | MMDiT:
+    return MMDiT(cfg) if isinstance(cfg, MMDiTConfig) else UNet(cfg)
+
+
 class TextToLatents(nn.Module):
     def __init__(self, cfg: UNetConfig | MMDiTConfig, text: TextConfig):
         super().__init__()
         if bad := [k for k in ("context_dim", "pooled_dim") if getattr(cfg, k, text.width) != text.width]:
             raise UserError(f"{bad[0]}={getattr(cfg, bad[0])} of the {'MMDiT' if isinstance(cfg, MMDiTConfig) else 'UNet'} must equal text.width={text.width}")
         self.text = TextEncoder(text)
-        if isinstance(cfg, MMDiTConfig):
-            self.mmdit = MMDiT(cfg)
-        else:
-            self.unet = UNet(cfg)
+        self.add_module("mmdit" if isinstance(cfg, MMDiTConfig) else "unet", build(cfg))
 
     @property
     def denoiser(self) -> UNet | MMDiT:
         return self.mmdit if hasattr(self, "mmdit") else self.unet
 
-    def forward(self, x, t, ids, mask):
-        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W). One call, so that DDP wraps both parts."""
+    def forward(self, x, t, ids, mask, features=()):
+        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W), and the denoiser's features where some are named."""
         text = self.text(ids, mask)
-        return self.denoiser(x, t, text.emb, text.mask)
+        return self.denoiser(x, t, text.emb, text.mask, features=features)
 
     def encode(self, captions: list[str]) -> Text:
         ids, mask = tokenize(captions, self.text.cfg.max_tokens)
@@ -123,8 +130,7 @@ def load_model(path, device="cpu", ema: bool = True) -> tuple[TextToLatents, dic
     config, state = load_checkpoint(path, ("model", "ema"))
     if "model" not in config or "text" not in config:
         raise UserError(f"{path} is no text-to-picture checkpoint: its config.json lacks 'model' or 'text'")
-    empty, table = chosen(config.get("arch", "unet"), (UNetConfig(), "model"), (MMDiTConfig(), "mmdit"))
-    net = TextToLatents(fill(empty, config[table], str(path)), fill(TextConfig(), config["text"], str(path)))
+    net = TextToLatents(network_of(config, path), fill(TextConfig(), config["text"], str(path)))
     load_into(net, {**state["model"], **(state.get("ema", {}) if ema else {})}, str(path))      # buffers are not averaged
     return net.float().to(device).eval().requires_grad_(False), config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench, checker, checkpoint, common, data, decoder, evaluate, mmdit, model, optim, results, sample, text, train
+import bench, checker, checkpoint, common, data, decoder, distill, evaluate, mmdit, model, optim, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -363,7 +363,7 @@ def ae_args(out, **kw):
     return read(decoder.Config(), **{**dict(out=str(out), steps=6, pixels=8192, eval_every=3, device="cpu", gan_start=0.5, warmup=2), **kw})
 
 
-def read(cfg, **kw):
+def read(cfg, /, **kw):
     """A config as from the command line: nested keys with two underscores."""
     for k, v in kw.items():
         *path, last = k.split("__")
@@ -591,6 +591,207 @@ def test_dropped_captions_become_the_empty_one(shared):
     assert ids.shape == (8, 1) and mask.all()
     a, b = (train.Batches(train_config(shared, "unused", drop_caption=0.0), latents, torch.device("cpu"), r, 2)(0)[1] for r in (0, 1))
     assert a.shape != b.shape or not torch.equal(a, b)  # ranks see different captions
+
+
+# ---------------------------------------------------------------------------- distill.py
+@pytest.fixture(scope="module")
+def teachers(shared):
+    """Checkpoints of an MMDiT and of a UNet, off the zeros of their start."""
+    for arch, cfg in (("mmdit", mmdit.MMDiTConfig(**{**SMALL_MMDIT, "context_dim": 48, "pooled_dim": 48})), ("unet", model.UNetConfig(**TINY))):
+        torch.manual_seed(3)
+        net = sample.TextToLatents(cfg, text.TextConfig(width=48, layers=1, heads=2))
+        with torch.no_grad():
+            for p in net.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+        config = {"arch": arch, "model": vars(cfg) if arch == "unet" else {}, "mmdit": vars(cfg) if arch == "mmdit" else {}, "text": vars(net.text.cfg)}
+        checkpoint.save_checkpoint(shared / f"teacher_{arch}", {"model": net.state_dict()}, config, latest=False)
+    return shared
+
+
+def distill_config(shared, out, **kw):
+    cfg = train_config(shared, out)
+    return read(distill.Config(), **{**vars(cfg), "teacher": str(shared / "teacher_mmdit"), "student_tap": "up1", **kw})
+
+
+def a_batch(n=6):
+    g = torch.Generator().manual_seed(5)
+    ids, mask = text.tokenize(["a red car", "", "three dogs", "a cat", "a blue panda left of a tree", "a key"][:n])
+    return torch.randn(n, 16, 8, 8, generator=g), torch.randn(n, 16, 8, 8, generator=g), torch.tensor([0.05, 0.1, 0.3, 0.5, 0.7, 0.95][:n]), ids, mask      # two in one bin of t
+
+
+def objective_of(shared, **kw):
+    net = tiny_model().train()
+    torch.manual_seed(1)
+    return distill.Distill(distill_config(shared, "unused", **kw), net)
+
+
+def test_task_weight_is_the_density_of_the_drawn_times_over_its_maximum():
+    weight = distill.TaskWeight(train.FlowConfig())
+    t = torch.tensor([0.5, 0.1, 0.9])
+    density = torch.exp(-torch.logit(t) ** 2 / 2) / (t * (1 - t))               # at 0.5, its mode: 4
+    assert torch.allclose(weight(t), density / 4, atol=1e-6) and weight(t)[0] == 1 and weight(t)[1] == pytest.approx(0.2485, abs=1e-3)
+    flow = train.FlowConfig(mean=0.3, std=0.8, shift=3.0)
+    drawn = train.draw_times(flow, 400000, torch.Generator().manual_seed(0), "cpu")
+    counts = torch.histc(drawn, 50, 0, 1)
+    assert torch.allclose(distill.TaskWeight(flow)((torch.arange(50) + 0.5) / 50), counts / counts.max(), atol=0.04)
+    assert (distill.TaskWeight(train.FlowConfig(std=2.0))(torch.linspace(1e-3, 1 - 1e-3, 5000)).max()).item() == pytest.approx(1, abs=1e-3)    # two modes
+
+
+def test_scaled_loss_by_hand(teachers):
+    task, kd, t = torch.tensor([2.0, 1.0, 3.0]), torch.tensor([0.5, 4.0, 0.1], requires_grad=True), torch.tensor([0.5, 0.1, 0.9])
+    loss = lambda **kw: objective_of(teachers, **{**dict(featkd=False), **kw}).scaled(task, {"kd": kd}, t)[0]
+    a = torch.tensor([1.0, 0.2485, 0.2485])
+    assert torch.allclose(loss(), task, atol=1e-4)                              # of the task's magnitude at every t ...
+    grad, = torch.autograd.grad(loss().sum(), kd)
+    assert torch.allclose(grad, (1 - a) * task / kd.detach(), atol=1e-2)        # ... and the ratio is a constant for the gradient
+    assert torch.allclose(loss(ratio="none"), a * task + (1 - a) * kd, atol=1e-3)
+    assert torch.allclose(loss(ratio="none", scaling="constant", alpha=0.3), 0.3 * task + 0.7 * kd)
+    both = objective_of(teachers).scaled(task, {"kd": kd, "feat": 2 * kd}, t)[0]
+    assert torch.allclose(both, 2 * task, atol=1e-4)                            # S + S
+    binned = objective_of(teachers, ratio="bin", featkd=False)
+    first = binned.scaled(task, {"kd": kd}, t)[0]
+    assert torch.allclose(first, task, atol=1e-4)                               # one picture a bin: its own ratio
+    again = binned.scaled(task, {"kd": 3 * kd}, t)[0]
+    assert torch.allclose(again, a * task + (1 - a) * task / (0.98 * kd + 0.02 * 3 * kd) * 3 * kd, rtol=1e-3)
+
+
+def test_without_its_parts_it_is_the_flow_loss(teachers, tmp_path):
+    plain, none = train.FlowObjective(tiny_model()), objective_of(teachers, kd=False, featkd=False, teacher="")
+    assert torch.equal(plain(*a_batch())[0], none(*a_batch())[0])
+    train.train(train_config(teachers, tmp_path / "a", steps=2, eval_every=2))
+    cfg = distill_config(teachers, tmp_path / "b", steps=2, eval_every=2, kd=False, featkd=False, teacher="")
+    train.train(cfg, lambda net: distill.Distill(cfg, net))
+    assert same(weights(tmp_path / "a")["model"], weights(tmp_path / "b")["model"])     # the same start, the same batches
+
+
+def test_gradients_reach_student_and_projector_and_never_the_teacher(teachers):
+    objective = objective_of(teachers)
+    objective(*a_batch())[0].mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in objective.projector.parameters())
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in objective.net.named_parameters() if "token" not in n and "position" not in n)
+    teacher = [*objective.teacher.denoiser.parameters(), *objective.teacher.text.parameters()]
+    assert all(p.grad is None and not p.requires_grad for p in teacher)
+    assert not {id(p) for p in teacher} & {id(p) for p in objective.parameters()}
+    assert not [k for k in objective.state_dict() if not k.startswith(("net.", "projector."))]
+    x0, eps, t, ids, mask = a_batch()
+    velocity, taps = objective.teacher(x0, t, ids, mask, ("block1",))
+    assert not velocity.requires_grad and taps["block1"].shape == (6, 32, 4, 4)
+    # a student that is its teacher has nothing to learn from it
+    twin = distill.Distill(distill_config(teachers, "unused", featkd=False), sample.load_model(teachers / "teacher_mmdit")[0])
+    assert twin(*a_batch())[1]["kd"] < 1e-10
+
+
+@pytest.mark.parametrize("change", [dict(kd=False), dict(featkd=False), dict(projector="mlp"), dict(scaling="constant"), dict(ratio="bin"), dict(ratio="none"), dict(teacher_cfg=3.0),
+                                    dict(student_tap="up0"), dict(student_tap="up2"), dict(teacher_tap="block0"), dict(flow__shift=3.0), dict(teacher="unet")], ids=str)
+def test_each_switch_changes_what_is_learned(teachers, change):
+    grads = []
+    for kw in ({}, change):
+        if "teacher" in kw:
+            kw = {"teacher": str(teachers / "teacher_unet")}
+        objective = objective_of(teachers, **kw)
+        objective(*a_batch())[0].mean().backward()
+        grads.append(torch.cat([p.grad.flatten() for p in objective.net.parameters()]))
+    assert torch.isfinite(grads[1]).all() and (grads[0] - grads[1]).norm() > 1e-3 * grads[0].norm()
+
+
+def test_guidance_of_the_teacher_and_its_empty_caption(teachers):
+    x0, eps, t, ids, mask = a_batch()
+    plain, guided = (objective_of(teachers, teacher_cfg=c).teacher(x0, t, ids, mask)[0] for c in (1.0, 3.0))
+    net = sample.load_model(teachers / "teacher_mmdit")[0]
+    empty = net.encode([""] * 6)
+    reference = net.denoiser(x0, t, empty.emb, empty.mask)
+    assert torch.allclose(guided, reference + 3 * (plain - reference), atol=1e-4)
+    assert torch.allclose(guided[1], plain[1], atol=1e-4) and not torch.allclose(guided[0], plain[0], atol=1e-2)    # a dropped caption is dropped for the teacher too
+
+
+@pytest.mark.parametrize("ratio", ["sample", "bin"])
+def test_distillation_resumes_as_uninterrupted_projector_included(teachers, tmp_path, monkeypatch, ratio):
+    def go(out):
+        cfg = distill_config(teachers, out, projector="mlp", ratio=ratio, muon_lr=0.02)
+        train.train(cfg, lambda net: distill.Distill(cfg, net))
+    go(tmp_path / "a")
+    real = train.rate
+    with monkeypatch.context() as m:
+        m.setattr(train, "rate", lambda cfg, step: real(cfg, step) if step < 6 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            go(tmp_path / "b")
+    go(tmp_path / "b")
+    a, b = (checkpoint.load_checkpoint(tmp_path / k, ("model", "ema", "optimizer", "beside"))[1] for k in "ab")
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer", "beside"))
+    assert set(a["beside"]) == {f"projector.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")} | ({"means"} if ratio == "bin" else set())
+    sample.load_model(tmp_path / "a" / "final")         # a student like any other
+    if ratio == "sample":
+        rows = [r for r in common.read_log(tmp_path / "a" / "log.csv") if r["bin_task0"]]
+        assert len(rows) == 4 and all(r["bin_kd_scaled4"] and r["bin_feat7"] for r in rows)
+        result = run("distill.py", "--plot", tmp_path / "a")
+        assert result.returncode == 0 and (tmp_path / "a" / "scaling.png").stat().st_size > 0, result.stderr
+        scaled = np.nanmean([[float(r[f"bin_kd_scaled{b}"]) + float(r[f"bin_task_scaled{b}"]) - float(r[f"bin_task{b}"]) for b in range(8)] for r in rows])
+        assert scaled == pytest.approx(0, abs=1e-5)     # a + (1 - a) of one magnitude
+
+
+def test_a_hub_directory_in_three_shards_is_a_teacher(teachers, tmp_path):
+    sd3_tiny(tmp_path, "120KB", joint_attention_dim=40)
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= 3
+    objective = objective_of(teachers, teacher=str(tmp_path))
+    assert objective.projector.weight.shape == (64, 64, 1, 1) and objective.teacher.tap == "block2"
+    with pytest.raises(UserError, match="text encoders"):
+        objective(*a_batch())
+    torch.manual_seed(0)
+    states = {n: torch.randn(n, 7, 40) for n in (6,)}
+    objective.teacher.encode = lambda ids, mask: text.Text(states[len(ids)], None, torch.ones(6, 24))      # any encoder that returns a Text
+    loss, values = objective(*a_batch())
+    loss.mean().backward()
+    assert torch.isfinite(loss).all() and values["kd"] > 0 and objective.projector.weight.grad.abs().sum() > 0
+    counted = distill.dry_run(distill_config(teachers, "unused", teacher=str(tmp_path)))
+    assert counted["teacher"] == model.count_params(objective.teacher.denoiser)
+
+
+def test_dry_run_counts_the_real_networks(teachers, capsys):
+    sd35 = common.read_config(distill.Config(), ["--config", "configs/kd_sd35.toml"])
+    counted = distill.dry_run(read(sd35, gpu_gb=24.0, batch=1))
+    assert counted["student"] / 1e6 == pytest.approx(379.11, abs=0.01) and counted["teacher"] == 8_056_627_520
+    assert 15 < counted["teacher_weights"] / 2**30 < counted["total"] and not counted["fits"] and "does NOT fit" in capsys.readouterr().out
+    counted, objective = distill.dry_run(distill_config(teachers, "unused")), objective_of(teachers)
+    trained = torch.nn.ModuleList([objective.net.unet, objective.projector])
+    opt = optim.Muon(trained, 1e-3)
+    for p in trained.parameters():
+        p.grad = torch.ones_like(p)
+    opt.step()
+    moments = sum(v.nbytes for k, v in opt.tensors().items() if not k.endswith("step"))
+    assert (counted["student"], counted["weights"], counted["optimiser"]) == (model.count_params(objective.net.unet), 4 * model.count_params(trained), moments)
+    assert counted["teacher"] == model.count_params(objective.teacher.denoiser) and counted["fits"]
+
+
+@pytest.mark.parametrize("arch, amp, checkpointed", [("unet", False, False), ("unet", True, False), ("mmdit", False, False), ("mmdit", True, False), ("unet", False, True)])
+def test_estimated_activations_are_what_a_real_pass_keeps(arch, amp, checkpointed):
+    """By the saved-tensor hooks of a pass on real tensors; with checkpointing, which those hooks cannot see into, by the tensors that are alive after it."""
+    import gc
+    cfg = model.UNetConfig(**{**TINY, "checkpoint": checkpointed}) if arch == "unet" else mmdit.MMDiTConfig(**{**SMALL_MMDIT, "context_dim": 48})
+    torch.manual_seed(0)
+    net = (model.UNet if arch == "unet" else mmdit.MMDiT)(cfg)
+    args, kept = [torch.randn(4, 16, 16, 16), torch.rand(4), torch.randn(4, 9, 48), torch.ones(4, 9, dtype=torch.bool)], {}
+    pooled = {} if arch == "unet" else {"pooled": torch.randn(4, 32)}
+    keep = lambda x: kept.setdefault(x.untyped_storage().data_ptr(), (x.untyped_storage().nbytes(), x))[1]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: keep(x) is None or x, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=amp):
+        v = net(*args, **pooled)
+    weights_ = {p.untyped_storage().data_ptr() for p in net.parameters()}
+    real = sum(n for k, (n, _) in kept.items() if k not in weights_)
+    total, greediest = distill.activations(cfg, 4, 128, 9, amp)
+    full = distill.activations(replace(cfg, checkpoint=False), 4, 128, 9, amp)[0]
+    if checkpointed:
+        assert greediest < total < 0.6 * full
+    else:
+        assert total == pytest.approx(real, rel=0.02) and greediest < total == full
+
+
+def test_bad_distillations_are_named(teachers, tmp_path):
+    cfg = distill_config(teachers, tmp_path / "x")
+    for bad, words in ((dict(teacher="runs/nowhere"), "train one"), (dict(teacher=""), "train one"), (dict(student_tap="up9"), "down0"), (dict(teacher_tap="block9"), "block1"),
+                       (dict(scaling="cosine"), "timestep"), (dict(ratio="batch"), "sample, bin, none"), (dict(projector="conv"), "linear or mlp")):
+        with pytest.raises(UserError, match=words):
+            objective_of(teachers, **bad)
+    fails_in_one_line(run("distill.py", "teacher=runs/nowhere", "device=cpu", f"out={tmp_path / 'x'}"), "no teacher at 'runs/nowhere'", "kd")
+    fails_in_one_line(run("distill.py", "--plot", tmp_path), "holds no distillation")
 
 
 # ---------------------------------------------------------------------------- checker.py, evaluate.py

@@ -142,14 +142,11 @@ class Validation:
         return np.array([losses[bins == b].mean().item() for b in range(8)])
 
 
-def plot(csv_path, out):
-    """The loss plot: training loss (grey), validation of the average (blue), log scale."""
-    rows = read_log(csv_path)
-    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k) and np.isfinite(float(r[k]))], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
+def chart(lines, note: str, W=640, H=360, M=46):
+    """Lines, [(points (x, y), colour)], on a log scale, and a note below; None where there are fewer than two points."""
     points = [p for line, _ in lines for p in line]
     if len(points) < 2:
-        return
-    W, H, M = 640, 360, 46
+        return None
     low, high, end = np.log(min(p[1] for p in points)), np.log(max(p[1] for p in points)) + 1e-6, max(p[0] for p in points)
     at = lambda p: (M + (W - 2 * M) * p[0] / end, H - M - (H - 2 * M) * (np.log(p[1]) - low) / (high - low))
     image = Image.new("RGB", (W, H), (255, 255, 255))
@@ -161,8 +158,16 @@ def plot(csv_path, out):
         d.text((6, y - 6), f"{value:.3f}", (90, 90, 90))
     for line, colour in lines:
         d.line([at(p) for p in line], colour, 2)
-    d.text((M, H - M + 12), f"step 0 .. {end}   grey: training loss   blue: held-out loss of the averaged weights", (90, 90, 90))
-    image.save(out)
+    d.text((M, H - M + 12), note, (90, 90, 90))
+    return image
+
+
+def plot(csv_path, out):
+    """The loss plot: training loss (grey), validation of the average (blue)."""
+    rows = read_log(csv_path)
+    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k) and np.isfinite(float(r[k]))], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
+    if image := chart(lines, f"step 0 .. {rows[-1]['step'] if rows else 0}   grey: training loss   blue: held-out loss of the averaged weights"):
+        image.save(out)
 
 
 def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
