@@ -823,6 +823,13 @@ def test_a_perfect_checker_finds_every_scene_right_and_other_scenes_wrong():
         assert sum(checker.judge(s, o) == "" for s, o in zip(scenes, seen[1:] + seen[:1])) < 0.15 * len(scenes)
 
 
+def test_the_shipped_checker_reads_held_out_renders():
+    net = checker.load_checker()
+    assert (ROOT / "assets/checker/model.safetensors").stat().st_size < 4e6
+    top = checker.ceiling(net, 60)
+    assert set(top) == set(data.CATEGORIES) and min(top.values()) >= 0.95 and np.mean(list(top.values())) >= 0.98, top     # 0.97 or more in each of 400: LOG.md
+
+
 @pytest.mark.parametrize("category, wrong, words", [
     ("single", lambda o: o[:0], "is missing"), ("two", lambda o: o[:1], "is missing"), ("counting", lambda o: o + o[:1], "became"), ("counting", lambda o: o[1:], "became"),
     ("colors", lambda o: [replace(x, colour="red" if x.colour != "red" else "blue") for x in o], "became"), ("position", lambda o: [replace(x, x=1 - x.x, y=1 - x.y) for x in o], "not "),
@@ -861,7 +868,7 @@ def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
     assert os.listdir(tmp_path / "d") == ["drawtext_7.png"] and Image.open(tmp_path / "d" / "drawtext_7.png").size == (128, 128)
     (tmp_path / "meta.jsonl").write_text("{")
     fails_in_one_line(run("evaluate.py", "--geneval", tmp_path / "meta.jsonl"), "evaluation_metadata.jsonl")
-    fails_in_one_line(run("evaluate.py", "--ckpt", "assets/ae"), "checker")
+    fails_in_one_line(run("evaluate.py", "--ckpt", "assets/ae"), "text-to-picture")
 
 
 def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
