@@ -53,7 +53,7 @@ def ablation(a):
     waiting, running, bar = [r for r in a.rows if not done(r)], {}, tqdm(total=len(a.rows), initial=sum(map(done, a.rows)), unit="row")
     base.mkdir(parents=True, exist_ok=True)
     while waiting or running:                               # the first row alone, until the cache of latents stands
-        while waiting and len(running) < a.jobs and (not running or any(base.parent.glob("cache/*")) ):
+        while waiting and len(running) < a.jobs and (not running or (base / a.rows[0] / "log.csv").exists()):
             row = waiting.pop(0)
             out = open(base / f"{row}.txt", "a")
             running[row] = [subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out]

@@ -869,6 +869,7 @@ def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
     (tmp_path / "meta.jsonl").write_text("{")
     fails_in_one_line(run("evaluate.py", "--geneval", tmp_path / "meta.jsonl"), "evaluation_metadata.jsonl")
     fails_in_one_line(run("evaluate.py", "--ckpt", "assets/ae"), "text-to-picture")
+    fails_in_one_line(run("evaluate.py", "--checker", "/no/where"), "no checkpoint at /no/where")
 
 
 def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
