@@ -299,7 +299,7 @@ class Package:
                     dynamic[name] = value
                 for v in flat(value):
                     last[id(v)] = i
-            self.plan.append((op, static, dynamic))
+            self.plan.append((op, static, dynamic, [(v, shape_of(v), dtype_of(v)) for v in op.outputs]))
         keep = {id(v) for v in self.outputs.values()}
         self.dead = [[] for _ in self.plan]
         for key, i in last.items():
@@ -316,9 +316,9 @@ class Package:
         values = {}
         for name, var in self.inputs.items():
             x = torch.as_tensor(np.asarray(inputs[name]) if not torch.is_tensor(inputs[name]) else inputs[name])
-            self.check_shape(name, var, x)
-            values[id(var)] = self.rounded(x.float() if dtype_of(var) in ("fp16", "fp32") else x.int(), var, half)
-        for (op, static, dynamic), dead in zip(self.plan, self.dead):
+            x = x.float() if dtype_of(var) in ("fp16", "fp32") else x.int()
+            values[id(var)] = self.checked(name, x, shape_of(var), dtype_of(var), half)
+        for (op, static, dynamic, declared), dead in zip(self.plan, self.dead):
             args = SimpleNamespace(**static)
             for name, v in dynamic.items():
                 setattr(args, name, [c if var is None else values[id(var)] for c, var in v] if isinstance(v, list) else values[id(v)])
@@ -327,26 +327,21 @@ class Package:
             except (RuntimeError, AttributeError, IndexError, KeyError) as e:
                 raise CheckError(f"{self.path.name}: {op.op_type} '{op.name}' does not execute: {str(e).splitlines()[0]}")
             results = results if isinstance(results, list) else [results]
-            for i, (var, x) in enumerate(zip(op.outputs, results)):
-                self.check_shape(op.name, var, x)
-                x = values[id(var)] = self.rounded(x, var, half)
+            for i, ((var, shape, kind), x) in enumerate(zip(declared, results)):
+                x = values[id(var)] = self.checked(op.name, x, shape, kind, half)
                 if watch:
                     watch(op, i, x)
             for key in dead:
                 values.pop(key, None)
         return {name: values[id(v)].float() if id(v) in values else torch.as_tensor(v.val).float() for name, v in self.outputs.items()}
 
-    def check_shape(self, name, var, x):
-        declared = shape_of(var)
-        if len(declared) != x.ndim or any(d is not None and d != s for d, s in zip(declared, x.shape)):
-            raise CheckError(f"{self.path.name}: '{name}' has shape {tuple(x.shape)}, the package declares {declared}")
-        kind = dtype_of(var)
+    def checked(self, name, x, shape, kind, half):
+        """x as hardware would store it; CheckError where it is not what the package declares."""
+        if len(shape) != x.ndim or any(d is not None and d != s for d, s in zip(shape, x.shape)):
+            raise CheckError(f"{self.path.name}: '{name}' has shape {tuple(x.shape)}, the package declares {shape}")
         if (kind in ("fp16", "fp32")) != torch.is_floating_point(x):
             raise CheckError(f"{self.path.name}: '{name}' is {x.dtype}, the package declares {kind}")
-
-    @staticmethod
-    def rounded(x, var, half):
-        return x.half().float() if half and dtype_of(var) == "fp16" else x
+        return x.half().float() if half and kind == "fp16" else x
 
     def random_inputs(self, seed=0):
         g = torch.Generator().manual_seed(seed)
