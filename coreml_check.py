@@ -130,8 +130,11 @@ def split(a):
 def pad(a):
     n, p = len(a.pad) // 2, a.pad
     flat = [v for i in reversed(range(n)) for v in (p[2 * i], p[2 * i + 1])]
-    mode = getattr(a, "mode", "constant")
-    return F.pad(a.x, flat, value=float(getattr(a, "constant_val", 0))) if mode == "constant" else F.pad(a.x, flat, mode={"reflect": "reflect", "replicate": "replicate"}[mode])
+    if getattr(a, "mode", "constant") == "constant":
+        return F.pad(a.x, flat, value=float(getattr(a, "constant_val", 0)))
+    while flat[-2:] == [0, 0]:
+        flat = flat[:-2]                                            # torch reflects the last axes only, and wants to hear of no other
+    return F.pad(a.x, flat, mode=a.mode)
 
 
 def matmul(a):
@@ -212,6 +215,8 @@ OPS = {name: (lambda a, f=f: f(t(a.x))) for name, f in UNARY.items()} | {name: (
     "upsample_nearest_neighbor": lambda a: interpolate(a, "nearest"), "upsample_bilinear": lambda a: interpolate(a, "bilinear"),
     "pixel_shuffle": lambda a: F.pixel_shuffle(a.x, a.upscale_factor), "pixel_unshuffle": lambda a: F.pixel_unshuffle(a.x, a.downscale_factor),
     "gather": gather, "gather_nd": gather_nd, "gather_along_axis": lambda a: a.x.gather(a.axis, t(a.indices).long()), "select": lambda a: torch.where(t(a.cond), t(a.a), t(a.b)),
+    "crop": lambda a: a.x[..., a.crop_height[0]:a.x.shape[-2] - a.crop_height[1], a.crop_width[0]:a.x.shape[-1] - a.crop_width[1]],
+    "scaled_tanh": lambda a: a.alpha * torch.tanh(a.x * a.beta), "clamped_relu": lambda a: torch.where(a.x < 0, a.x * a.alpha, a.x).clamp(max=a.beta),
     "range_1d": lambda a: torch.arange(a.start, a.end, a.step), "one_hot": lambda a: F.one_hot(t(a.indices).long(), a.one_hot_vector_size),
 }
 

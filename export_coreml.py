@@ -263,7 +263,7 @@ cp manifest.json *.tiktoken compiled/ 2>/dev/null || true
 def export(a) -> dict:
     keep_memory_mapped()
     out = Path(a.out)
-    if out.exists() and any(out.iterdir()) and not (out / "manifest.json").is_file():
+    if out.is_file() or out.exists() and any(out.iterdir()) and not (out / "manifest.json").is_file():
         raise UserError(f"{out} is not empty and no bundle of ours: give another --out")
     begin, config = time.time(), {}
     if a.random:
