@@ -230,6 +230,7 @@ class UNet(nn.Module):
         bias = bias.transpose(1, 3)                                          # (1, L, 1, 1)
         angle = timestep[:, None] * self.freqs                               # (1, F/2); rank 2 marks the fp32 island: in fp16 t = 999 is off by 0.4
         temb = torch.cat([angle.cos(), angle.sin()], -1)[:, :, None, None]   # (1, F, 1, 1)
+        temb = temb if temb.dtype == sample.dtype else temb.to(sample.dtype)
         temb = act(pointwise(F.silu(pointwise(temb, u.time[0])), u.time[2]))
         rope = lambda i: None if self.get_buffer(f"cos{i}") is None else (self.get_buffer(f"cos{i}"), self.get_buffer(f"sin{i}"))
 
@@ -295,7 +296,7 @@ class TextEncoder(nn.Module):
 
     def forward(self, input_ids):
         L, t = self.text.cfg.max_tokens, self.text
-        bias = ((input_ids == self.pad).float() * MASKED).reshape(1, L, 1, 1)
+        bias = ((input_ids == self.pad).to(t.norm.weight.dtype) * MASKED).reshape(1, L, 1, 1)
         x = F.embedding(input_ids.int(), t.token.weight) + t.position.weight                                    # (1, L, D)
         x = x.transpose(1, 2)[:, :, None]                                                                       # (1, D, 1, L)
         for b, (norm1, norm2) in zip(t.blocks, self.norms):

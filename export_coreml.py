@@ -4,6 +4,7 @@
     python export_coreml.py --ckpt runs/base --out bundle --size 256 --bits 8 --attention split512
     python export_coreml.py --size 64 96 --out bundle                        several sizes as functions of one package, weights stored once
     python export_coreml.py --random t2i --size 1024 --out bundle            the paper's 379 M UNet and 1.38 M decoder, random weights
+    python export_coreml.py --target coreai --out bundle-ai                  for iOS 27: .aimodel files (pip install coreai-torch)
     python export_coreml.py --report docs/COREML.md                          all that was measured, in one file; reuses bundles in --work
 
 Each package is saved, loaded again and executed by coreml_check.py. A bundle is refused (exit status 1, kept aside as OUT.refused) unless
@@ -431,10 +432,14 @@ def main(argv):
     p.add_argument("--tokens", type=int, default=77, help="with --random: length of the text")
     p.add_argument("--attention", choices=ane.ATTENTION, default="split")
     p.add_argument("--bits", type=int, choices=(16, 8, 6, 4), default=16, help="of weights: 8 = int8 per channel, 6 and 4 = palettes")
+    p.add_argument("--target", choices=("coreml", "coreai"), default="coreml", help="coreai: for iOS 27 by Apple's coreai-torch (export_coreai.py); fp16, one size")
     p.add_argument("--ios", type=int, choices=(17, 18), default=18)
     p.add_argument("--report", default="", metavar="FILE.md", help="exports everything that the report tells of, and writes it")
     p.add_argument("--work", default="runs/coreml", help="of --report: where its bundles are made, or found")
     a = p.parse_args(argv)
+    if a.target == "coreai":
+        from export_coreai import export as export_to_coreai       # only here: an optional package
+        return export_to_coreai(a)
     (report if a.report else export)(a)
 
 

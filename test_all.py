@@ -864,6 +864,12 @@ def test_several_sizes_share_their_weights_and_compression_costs_what_it_should(
     assert weights(one) > values[0][0] > values[1][0] > values[2][0] and values[0][1] > values[1][1] > values[2][1] > 10, values
 
 
+def test_core_ai_files_execute_as_pytorch_by_apples_own_runtime(tmp_path):
+    pytest.importorskip("coreai_torch")                                             # optional: pip install coreai-torch
+    export_coreml.main([*tiny_checkpoint(tmp_path), "--target", "coreai", "--out", str(tmp_path / "ai")])
+    assert min(json.loads((tmp_path / "ai" / "metadata.json").read_text())["checks"].values()) >= 50
+
+
 def test_kmeans_finds_the_best_cut():
     x = np.concatenate([np.full(900, -1.0), np.full(90, 2.0), np.full(10, 2.5), np.full(30, 7.0)]).astype(np.float16)
     assert export_coreml.kmeans(x, 3) == pytest.approx([-1, 2.05, 7], abs=1e-3)
