@@ -1,5 +1,5 @@
 """The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
-import json, random, signal, subprocess, sys, time
+import json, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -795,9 +795,7 @@ def test_deliberately_broken_packages_are_caught(tmp_path):
     assert not errors(converted(Block(torch.nn.SiLU()), tmp_path / "good.mlpackage"))
     norm = converted(Block(torch.nn.RMSNorm(32)), tmp_path / "norm.mlpackage")
     assert errors(norm) == {"E6"}
-    last = next(op for op in norm.ops if op.op_type == "conv").bias.val             # why it is an error: a row of zeros divides 0 by 0
-    assert not last.any() or norm.run({"x": torch.zeros(1, 16, 8, 32)})["y"].isfinite().all()
-    zero = Block(torch.nn.RMSNorm(32))
+    zero = Block(torch.nn.RMSNorm(32))                                              # why it is an error: a row of zeros divides 0 by 0
     torch.nn.init.zeros_(zero.conv.bias)
     assert converted(zero, tmp_path / "zero.mlpackage").run({"x": torch.zeros(1, 16, 8, 32)})["y"].isnan().any()
     flexible = [ct.TensorType("x", (1, 16, ct.RangeDim(4, 64, 8), 32), dtype=np.float16)]
@@ -806,8 +804,9 @@ def test_deliberately_broken_packages_are_caught(tmp_path):
     assert errors(converted(Block(torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Conv2d(16, 16, 1))), tmp_path / "island.mlpackage", precision=island)) == {"E2"}
     root = Block(type("Root", (torch.nn.Module,), {"forward": lambda s, x: x.pow(2).sqrt() + 1})())
     assert "W8" in rules(converted(root, tmp_path / "root.mlpackage"))
-    fails_in_one_line(run("coreml_check.py", "run", tmp_path), "no .mlpackage")
-    result = run("coreml_check.py", "lint", tmp_path / "norm.mlpackage", "--strict")
+    alone = shutil.copy(ROOT / "coreml_check.py", tmp_path)                         # it imports nothing of ours
+    fails_in_one_line(run(alone, "run", tmp_path), "no .mlpackage")
+    result = run(alone, "lint", tmp_path / "norm.mlpackage", "--strict")
     assert result.returncode == 1 and "E6" in result.stdout and "nn.RMSNorm" in result.stdout and "Traceback" not in result.stderr
 
 
