@@ -351,7 +351,7 @@ WHY = {
     "W7": "a column of per-channel values",
     "W12": "the picture's three channels: the last convolution",
     "W13": "compress it (--bits 8 or 6), or keep it for Macs",
-    "W14": "one layout change at the text encoder's end, where Apple's interface asks for (1, L, D)",
+    "W14": "self-attention's keys, turned once a layer for all heads (128 kB)",
     "W15": "into a transformer and out of it, the image becomes a row of tokens: two copies a transformer",
     "W17": "scores of one head at this size; --attention split512 cuts queries",
     "I2": "the island of sinusoids and token ids: CPU, tiny, exact",
