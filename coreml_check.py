@@ -261,7 +261,7 @@ class Package:
         if self.spec.WhichOneof("Type") != "mlProgram":
             raise CheckError(f"{path} is a {self.spec.WhichOneof('Type')}, not an mlprogram: convert it with convert_to='mlprogram'")
         program = load(self.spec, self.spec.specificationVersion, str(self.path / "Data/com.apple.CoreML/weights"))
-        self.functions = list(program.functions)
+        self.functions = sorted(program.functions)                  # a protobuf map: in no order
         default = self.spec.description.defaultFunctionName or self.functions[0]
         if function and function not in self.functions:
             raise CheckError(f"{path} has no function '{function}': it has {', '.join(self.functions)}")

@@ -164,7 +164,8 @@ def save(models: dict, path: Path):
         model.save(str(file))
         d.add_function(str(file), "main", f"size_{size}")
     d.default_function_name = f"size_{next(iter(models))}"
-    ct.utils.save_multifunction(d, str(path))
+    with contextlib.redirect_stderr(io.StringIO()):                 # progress bars
+        ct.utils.save_multifunction(d, str(path))
     for size in models:
         shutil.rmtree(path.with_name(f"{path.stem}_{size}.mlpackage"))
 
