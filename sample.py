@@ -2,11 +2,13 @@
 
     python sample.py "three red cars left of a tree" -n 4 --seed 1 -o out.png
     python sample.py "a dog" "a blue cat" --ckpt runs/nano --steps 28 --cfg 4 --sampler dpmpp
+    python sample.py "a red car" --coreml bundle/              the files of export_coreml.py: by Core ML on a Mac, by coreml_check elsewhere
 
 Rectified flow (paper.md, section 4): x_t = (1 - t) x0 + t eps, the network gives v = eps - x0, so x0 = x_t - t v, and t = 1 is noise.
 A sampler is a pure function (velocity, x, times) -> x0, with velocity(x, t) -> v, and times from 1 down to 0.
 """
-import argparse, sys, time
+import argparse, json, sys, time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -20,7 +22,7 @@ from data import grid
 from decoder import load_autoencoder
 from mmdit import MMDiT, MMDiTConfig
 from model import UNet, UNetConfig
-from text import Text, TextConfig, TextEncoder, tokenize
+from text import Text, TextConfig, TextEncoder, encoding, tokenize
 
 
 # ---------------------------------------------------------------------------- samplers
@@ -119,10 +121,13 @@ class TextToLatents(nn.Module):
         text = self.text(ids, mask)
         return self.denoiser(x, t, text.emb, text.mask, features=features)
 
+    @property
+    def device(self):
+        return self.text.token.weight.device
+
     def encode(self, captions: list[str]) -> Text:
         ids, mask = tokenize(captions, self.text.cfg.max_tokens)
-        device = self.text.token.weight.device
-        return self.text(ids.to(device), mask.to(device))
+        return self.text(ids.to(self.device), mask.to(self.device))
 
 
 def load_model(path, device="cpu", ema: bool = True) -> tuple[TextToLatents, dict]:
@@ -135,6 +140,50 @@ def load_model(path, device="cpu", ema: bool = True) -> tuple[TextToLatents, dic
     return net.float().to(device).eval().requires_grad_(False), config
 
 
+class Bundle:
+    """What export_coreml.py wrote, with the faces of TextToLatents, UNet and Autoencoder, so that generate() draws from the very files that ship.
+    Batch 1, tokens padded to a fixed L; the mask travels as the last channel of the text states (ane.py)."""
+
+    def __init__(self, path, size: int = 0):
+        try:
+            self.manifest = json.loads((Path(path) / "manifest.json").read_text())
+        except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError) as e:
+            raise UserError(f"{path} is no bundle ({e}): make one with `python export_coreml.py --out {path}`")
+        sizes, self.config = self.manifest["sizes"], self.manifest["config"]
+        if "text" not in self.config:
+            raise UserError(f"{path} holds random weights and no text encoder: it proves the export, but cannot draw")
+        if (size or sizes[0]) not in sizes:
+            raise UserError(f"{path} was exported for {', '.join(map(str, sizes))} pixels, not {size}: export it with --size {size}")
+        import coreml_check                                 # only here: coremltools takes seconds to import
+        self.size, self.device, self.denoiser, self.models = size or sizes[0], torch.device("cpu"), self, {}
+        self.cfg, self.L = fill(UNetConfig(), self.config["model"], str(path)), self.config["text"]["max_tokens"]
+        for name, part in self.manifest["parts"].items():
+            file, function = str(Path(path) / part["file"]), f"size_{self.size}" if len(part["functions"]) > 1 else ""
+            if sys.platform == "darwin":
+                ct = coreml_check.ct
+                mac = ct.models.MLModel(file, compute_units=ct.ComputeUnit.CPU_AND_NE, **({"function_name": function} if function else {}))
+                self.models[name] = lambda x, m=mac: {k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in m.predict({k: v.numpy() for k, v in x.items()}).items()}
+            else:
+                self.models[name] = coreml_check.Package(file, function).run
+
+    def model(self, name, **inputs):
+        return self.models[name](inputs)[self.manifest["parts"][name]["output"]]
+
+    def encode(self, captions: list[str]) -> Text:
+        ids, mask = tokenize(captions, self.L)
+        extra = self.L - ids.shape[1]
+        ids, mask = nn.functional.pad(ids, (0, extra), value=encoding().n_vocab - 1), nn.functional.pad(mask, (0, extra))
+        return Text(torch.cat([self.model("TextEncoder", input_ids=row[None].float()) for row in ids]), mask)     # (B, L, D+1)
+
+    def __call__(self, x, t, emb, mask):
+        """The UNet, picture by picture: with guidance two calls a step."""
+        return torch.cat([self.model("Unet", sample=x[i:i + 1], timestep=1000 * t[i:i + 1], encoder_hidden_states=emb[i:i + 1].transpose(1, 2)[:, :, None].contiguous())
+                          for i in range(len(x))])
+
+    def decode(self, latents):
+        return torch.cat([self.model("VAEDecoder", z=z[None].contiguous()) for z in latents])
+
+
 def latents_noise(seeds, shape, device):
     """(B, C, H, W), each picture's from its own seed: the same picture in any batch, on any device."""
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
@@ -144,7 +193,7 @@ def latents_noise(seeds, shape, device):
 def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0, interval=(0.0, 1.0), batch=16, progress=False):
     """Captions and seeds, as many of each -> list of uint8 (H, W, 3). `size` in pixels, or (height, width)."""
     height, width = (size, size) if isinstance(size, int) else size
-    device, pictures = next(net.parameters()).device, []
+    device, pictures = net.device, []
     bar = tqdm(total=len(captions), unit="picture", disable=not progress)
     for i in range(0, len(captions), batch):
         text, empty = net.encode(captions[i:i + batch]), net.encode([""])
@@ -164,6 +213,7 @@ def main(argv):
     p.add_argument("prompts", nargs="+", help="what to draw; several prompts make several pictures")
     p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run directory")
     p.add_argument("--ae", default="assets/ae", help="autoencoder's checkpoint")
+    p.add_argument("--coreml", default="", metavar="BUNDLE", help="draw with this Core ML bundle instead of --ckpt and --ae")
     p.add_argument("--steps", type=int, default=28)
     p.add_argument("--cfg", type=float, default=4.0, help="guidance; 1 = none")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t at which guidance acts")
@@ -180,14 +230,18 @@ def main(argv):
     if a.steps < 1 or a.n < 1:
         raise UserError(f"--steps and -n want 1 or more, got {a.steps} and {a.n}")
     device, _, _ = setup(a.device)
-    net, config = load_model(a.ckpt, device)
+    if a.coreml:
+        net = Bundle(a.coreml, a.size[0] if len(a.size) == 1 else -1)
+        config, a.size = net.config, [net.size]
+    else:
+        net, config = load_model(a.ckpt, device)
     size = config["data"]["size"] if a.size == [0] else a.size[0] if len(a.size) == 1 else tuple(a.size)
     if [s for s in ([size] if isinstance(size, int) else size) if s % 32 or s < 32] or (not isinstance(size, int) and len(size) != 2):
         raise UserError(f"--size {a.size}: one or two multiples of 32 pixels, such as 64 or 64 96")
     if (largest := 8 * net.denoiser.cfg.patch * net.denoiser.cfg.position_max if config.get("arch") == "mmdit" else 10**9) < (size if isinstance(size, int) else max(size)):
         raise UserError(f"--size {a.size}: this MMDiT's position table ends at {largest} pixels")
-    tokenize(a.prompts, net.text.cfg.max_tokens)            # complain before the work begins
-    ae = load_autoencoder(a.ae, device)
+    tokenize(a.prompts, config["text"]["max_tokens"])       # complain before the work begins
+    ae = net if a.coreml else load_autoencoder(a.ae, device)
     captions = [c for c in a.prompts for _ in range(a.n)]
     begin = time.time()
     pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, a.steps, a.cfg, a.sampler,

@@ -1,5 +1,5 @@
 """The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
-import os, random, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import bench, checker, checkpoint, common, data, decoder, distill, evaluate, mmdit, model, optim, results, sample, text, train
+import ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -901,6 +901,239 @@ def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
     cells = {r[0]: r[1:] for r in (re.findall(r"<td>(.*?)</td>", row) for row in rows)}
     assert cells["aesthetics"] == ["6", "0", "0", "61 % - 100 %"] and cells["alignment"][:3] == ["0", "6", "0"] and cells["realism"] == ["0", "0", "6", "19 % - 81 %"]
     assert 'download="answers.json"' in result.stdout
+
+
+# ---------------------------------------------------------------------------- ane.py, coreml_check.py, export_coreml.py
+def text_states(L=12, real=7, D=48):
+    torch.manual_seed(1)
+    mask = torch.arange(L)[None] < real
+    emb = torch.randn(1, L, D)
+    return emb, mask, torch.cat([emb, torch.where(mask, 0.0, ane.MASKED)[..., None]], 2).transpose(1, 2)[:, :, None]     # the last: (1, D+1, 1, L)
+
+
+@pytest.mark.parametrize("form", ane.ATTENTION)
+@pytest.mark.parametrize("changes", [dict(widths=[64, 128], depth_down=[1, 1], depth_up=[1, 0], self_attn=[False, True], kv_heads=2),
+                                     dict(), dict(kv_heads=0, qk_norm=False, rope=0.0, skip_lowest=True, separable=False, act="hardswish")])
+def test_neural_engine_forms_equal_the_training_forms(form, changes):
+    net, (emb, mask, states) = tiny_unet(**changes).eval(), text_states()
+    x, t = torch.randn(1, 16, 8, 16), torch.tensor([0.75])
+    with torch.no_grad():
+        want = net(x, t, emb, mask)
+        ours = ane.UNet(net, 8, 16, 12, form)
+        assert (ours(x, 1000 * t, states) - want).abs().max() < 1e-5
+        ane.calibrate(ours, [dict(sample=x, timestep=1000 * t, encoder_hidden_states=states)])
+        assert (ours(x, 1000 * t, states) - want).abs().max() < 1e-5                # S is a power of two
+        assert (ours(x, 1000 * t, states.abs()) - want).abs().max() > 1e-3          # the mask channel acts
+        model = tiny_model().text
+        ids, mask = text.tokenize(["three red cars"])
+        ids = torch.nn.functional.pad(ids, (0, 64 - ids.shape[1]), value=model.cfg.vocabulary - 1)
+        mask = ids != model.cfg.vocabulary - 1
+        out = ane.TextEncoder(model, form)(ids.float())
+        assert (out[..., :-1] - model(ids, mask).emb)[mask].abs().max() < 1e-5 and torch.equal(out[..., -1] == 0, mask)
+
+
+def test_queries_cut_into_512_give_the_same_attention():
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 1, 1024, generator=g) for n in (64, 32, 32))
+    whole, cut = (ane.Attend(2, 1, 32, 1024, 1024, form)(q, k, v) for form in ("matmul", "split512"))
+    assert (whole - cut).abs().max() < 1e-5
+
+
+def test_decoder_form_holds_scale_and_shift_up_to_the_border_and_scaled_norms_survive_fp16():
+    ae = tiny_ae()
+    ae.cfg.scale, ae.cfg.shift = 0.08, -0.46
+    z = torch.randn(1, 16, 4, 4)
+    with torch.no_grad():
+        form = ane.Decoder(ae)
+        assert (form(z) - ae.decode(z)).abs().max() < 1e-5
+        norm = ane.GroupNorm(torch.nn.GroupNorm(2, 4))
+        x = 5000 * torch.randn(1, 4, 8, 8)
+        want = norm(x)
+        ane.calibrate(norm, [dict(x=x)])
+        y = norm.scaled(x)
+        assert torch.isfinite((y * y).half()).all() and not torch.isfinite((x * x / 16).half()).all() and (norm(x) - want).abs().max() < 1e-5
+
+
+def tiny_checkpoint(folder):
+    """A UNet of about 300 ops, with all that has a form of its own: text, two stages, self- and cross-attention."""
+    torch.manual_seed(0)
+    cfg = model.UNetConfig(widths=[32, 32], context_dim=32, depth_down=[0, 1], depth_mid=0, depth_up=[0, 0], res_down=1, self_attn=[False, True], head_dim=16,
+                           time_dim=32, time_freqs=32, groups=8)
+    txt = text.TextConfig(width=32, layers=1, heads=2, max_tokens=16)
+    net, ae = export_coreml.perturb(sample.TextToLatents(cfg, txt)), export_coreml.perturb(tiny_ae())
+    checkpoint.save_checkpoint(folder / "net", {"model": net.state_dict()}, {"model": common.dataclasses.asdict(cfg), "text": common.dataclasses.asdict(txt),
+                                                                             "data": {"size": 32}, "flow": {"shift": 1.0}}, latest=False)
+    checkpoint.save_checkpoint(folder / "ae", {"model": ae.state_dict()}, {"autoencoder": common.dataclasses.asdict(ae.cfg)}, latest=False)
+    return ["--ckpt", str(folder / "net"), "--ae", str(folder / "ae")]
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("coreml")
+    export_coreml.main([*tiny_checkpoint(folder), "--out", str(folder / "bundle")])
+    return folder / "bundle"
+
+
+def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path):
+    m = json.loads((bundle / "manifest.json").read_text())
+    assert sorted(p.name for p in bundle.iterdir()) == sorted(["TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "captions.tiktoken", "compile.sh", "manifest.json"])
+    for name, row in m["parts"].items():
+        assert row["form"] >= 100 and row["graph"] >= 100 and row["numerics"] >= 50 and row["largest"] <= 32768 and row["lint"]["errors"] == 0, (name, row)
+        spec = coreml_check.ct.utils.load_spec(str(bundle / row["file"]))
+        assert json.loads(spec.description.metadata.userDefined["schedule"])["prediction"] == "velocity" and all(i.shortDescription for i in spec.description.input)
+    assert {k: v[1] for k, v in m["parts"]["Unet"]["inputs"].items()} == {"sample": [1, 16, 4, 4], "timestep": [1], "encoder_hidden_states": [1, 33, 1, 16]}
+    net, _ = sample.load_model(bundle.parent / "net")
+    args = dict(captions=["a red car", "dogs"], seeds=[5, 6], size=32, steps=4, cfg=3.0, sampler="heun")
+    files = sample.Bundle(bundle)
+    ours, theirs = sample.generate(files, files, **args), sample.generate(net, decoder.load_autoencoder(bundle.parent / "ae"), **args)
+    assert export_coreml.pixels_psnr(ours, theirs) >= 35 and m["picture_db_32"] >= 35
+    assert export_coreml.pixels_psnr(ours[:1], theirs[1:]) < 30                     # and it is not that all pictures are alike
+    sample.main(["a dog", "--coreml", str(bundle), "--steps", "2", "-o", str(tmp_path / "dog.png")])
+    from PIL import Image
+    assert Image.open(tmp_path / "dog.png").size == (32, 32)
+
+
+def test_a_swapped_weight_is_refused_and_the_bundle_kept_aside(bundle, monkeypatch):
+    keep, real = (bundle / "manifest.json").read_text(), export_coreml.convert
+
+    def swapped(form, *args):
+        with torch.no_grad():
+            w = form.body[0][1].weight.clone()                                      # two output channels of one convolution
+            form.body[0][1].weight[[0, 1]] = w[[1, 0]]
+            model = real(form, *args)
+            form.body[0][1].weight.copy_(w)
+        return model
+    monkeypatch.setattr(export_coreml, "convert", swapped)
+    parts = export_coreml.parts_of
+    monkeypatch.setattr(export_coreml, "parts_of", lambda *a: parts(*a)[2:])        # the decoder alone: seconds
+    with pytest.raises(UserError, match="refused: VAEDecoder: graph .* kept aside"):
+        export_coreml.main(["--ckpt", str(bundle.parent / "net"), "--ae", str(bundle.parent / "ae"), "--out", str(bundle)])
+    assert (bundle.with_name("bundle.refused") / "VAEDecoder.mlpackage").is_dir() and (bundle / "manifest.json").read_text() == keep
+
+
+class Block(torch.nn.Module):
+    """A convolution around which a test puts one mistake."""
+    def __init__(self, act):
+        super().__init__()
+        self.conv, self.act = torch.nn.Conv2d(16, 16, 1), act
+
+    def forward(self, x):
+        return self.act(self.conv(x))
+
+
+def converted(module, path, shape=(1, 16, 8, 32), precision=None, inputs=None):
+    ct, x = coreml_check.ct, torch.randn(shape)
+    graph = torch.jit.trace(module.eval(), x, check_trace=False)
+    ct.convert(graph, inputs=inputs or [ct.TensorType("x", x.shape, dtype=np.float16)], outputs=[ct.TensorType("y")], convert_to="mlprogram",
+               minimum_deployment_target=ct.target.iOS18, compute_precision=precision, skip_model_load=True).save(str(path))
+    return coreml_check.Package(path)
+
+
+@torch.no_grad()
+def test_deliberately_broken_packages_are_caught(tmp_path):
+    ct = coreml_check.ct
+    rules = lambda p: {f[0] for f in coreml_check.lint(p)}
+    errors = lambda p: {r for r in rules(p) if r[0] == "E"}
+    assert not errors(converted(Block(torch.nn.SiLU()), tmp_path / "good.mlpackage"))
+    norm = converted(Block(torch.nn.RMSNorm(32)), tmp_path / "norm.mlpackage")
+    assert errors(norm) == {"E6"}
+    zero = Block(torch.nn.RMSNorm(32))                                              # why it is an error: a row of zeros divides 0 by 0
+    torch.nn.init.zeros_(zero.conv.bias)
+    assert converted(zero, tmp_path / "zero.mlpackage").run({"x": torch.zeros(1, 16, 8, 32)})["y"].isnan().any()
+    flexible = [ct.TensorType("x", (1, 16, ct.RangeDim(4, 64, 8), 32), dtype=np.float16)]
+    assert "E0" in errors(converted(Block(torch.nn.SiLU()), tmp_path / "flexible.mlpackage", inputs=flexible))
+    island = ct.transform.FP16ComputePrecision(op_selector=lambda op: op.op_type != "silu")
+    assert errors(converted(Block(torch.nn.Sequential(torch.nn.SiLU(), torch.nn.Conv2d(16, 16, 1))), tmp_path / "island.mlpackage", precision=island)) == {"E2"}
+    root = Block(type("Root", (torch.nn.Module,), {"forward": lambda s, x: x.pow(2).sqrt() + 1})())
+    assert "W8" in rules(converted(root, tmp_path / "root.mlpackage"))
+    alone = shutil.copy(ROOT / "coreml_check.py", tmp_path)                         # it imports nothing of ours
+    fails_in_one_line(run(alone, "run", tmp_path), "no .mlpackage")
+    result = run(alone, "lint", tmp_path / "norm.mlpackage", "--strict")
+    assert result.returncode == 1 and "E6" in result.stdout and "nn.RMSNorm" in result.stdout and "Traceback" not in result.stderr
+
+
+@torch.no_grad()
+def test_executor_runs_packages_that_are_not_ours(tmp_path):
+    """Ops that our networks have no use for, beside PyTorch's own results."""
+    from torch import nn
+
+    class Zoo(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.conv, self.linear = nn.ConvTranspose2d(16, 8, 3, 2, 1, 1), nn.Conv2d(8, 12, 3, 2, (1, 0), dilation=(1, 2), groups=4), nn.Linear(9, 24)
+            self.norm, self.group, self.inst, self.batch = nn.LayerNorm(24), nn.GroupNorm(3, 12), nn.InstanceNorm2d(12, affine=True), nn.BatchNorm2d(12)
+            self.batch.running_mean.normal_(), self.batch.running_var.uniform_(0.5, 2)
+
+        def forward(self, x):
+            x = nn.functional.max_pool2d(self.up(x), 2, ceil_mode=False)
+            x = nn.functional.avg_pool2d(nn.functional.interpolate(x, scale_factor=2.0, mode="bilinear"), 3, 2, 1)
+            x = self.batch(self.inst(self.group(self.conv(x))))
+            x = nn.functional.pad(x, (1, 2, 0, 1), mode="reflect")[:, 1::2, 2:, ::2]
+            x = self.norm(self.linear(x))                                           # (1, 6, 3, 24)
+            x = torch.cat([x.cumsum(-1), x.flip(-1), nn.functional.elu(x), x.clamp(-0.5, 0.5), nn.functional.hardsigmoid(x), torch.where(x > 0, x, x.abs().sqrt())], 1)
+            return nn.functional.softplus(nn.functional.pixel_shuffle(x[:, :32], 2)).sum(1) - x.max(1).values.repeat(1, 2, 2) + torch.erf(x).amin(1).repeat(1, 2, 2)
+    torch.manual_seed(0)
+    net, x = Zoo().eval(), torch.randn(1, 16, 8, 32)
+    package = converted(net, tmp_path / "zoo.mlpackage", precision=coreml_check.ct.precision.FLOAT32, inputs=[coreml_check.ct.TensorType("x", x.shape)])
+    assert (package.run({"x": x}, half=False)["y"] - net(x)).abs().max() < 1e-4
+    with pytest.raises(coreml_check.CheckError, match="wants the input 'x'"):
+        package.run({"z": x})
+    package.run({"x": x})
+    package.plan[3][3][0] = (package.plan[3][3][0][0], (9, 9), "fp32")              # a declared shape that is not so
+    with pytest.raises(coreml_check.CheckError, match="declares"):
+        package.run({"x": x})
+
+
+@torch.no_grad()
+def test_several_sizes_share_their_weights_and_compression_costs_what_it_should(tmp_path):
+    ae = export_coreml.perturb(decoder.Autoencoder(decoder.AutoencoderConfig(widths=[8, 8, 8, 8], layers=1, attention=False, groups=1, tiny_widths=[64, 32, 32, 32], tiny_blocks=[1, 0, 0, 0])))
+    z = {s: torch.randn(1, 16, s // 8, s // 8) for s in (32, 64)}
+    forms = {s: ane.Decoder(ae) for s in z}
+    export_coreml.round_to_fp16(forms[32]), export_coreml.round_to_fp16(forms[64])
+    models = {s: export_coreml.convert(forms[s], {"z": z[s]}, "image", 18) for s in z}
+    export_coreml.save({32: models[32]}, tmp_path / "one.mlpackage")
+    export_coreml.save(models, tmp_path / "both.mlpackage")
+    one, both = coreml_check.Package(tmp_path / "one.mlpackage"), coreml_check.Package(tmp_path / "both.mlpackage", "size_64")
+    weights = lambda p: (p.path / "Data/com.apple.CoreML/weights/weight.bin").stat().st_size
+    assert both.functions == ["size_32", "size_64"] and weights(both) < 1.2 * weights(one)
+    assert coreml_check.psnr(both.run({"z": z[64]}, half=False)["image"], forms[64](z[64])) >= 100
+    values, want = [], forms[32](z[32])
+    for bits in (8, 6, 4):
+        export_coreml.save({32: export_coreml.compress(models[32], bits)}, tmp_path / f"{bits}.mlpackage")
+        p = coreml_check.Package(tmp_path / f"{bits}.mlpackage")
+        values.append((weights(p), coreml_check.psnr(p.run({"z": z[32]})["image"], want)))
+    assert weights(one) > values[0][0] > values[1][0] > values[2][0] and values[0][1] > values[1][1] > values[2][1] > 10, values
+
+
+def test_core_ai_files_execute_as_pytorch_by_apples_own_runtime(tmp_path):
+    pytest.importorskip("coreai_torch")                                             # optional: pip install coreai-torch
+    export_coreml.main([*tiny_checkpoint(tmp_path), "--target", "coreai", "--out", str(tmp_path / "ai")])
+    assert min(json.loads((tmp_path / "ai" / "metadata.json").read_text())["checks"].values()) >= 50
+
+
+def test_kmeans_finds_the_best_cut():
+    x = np.concatenate([np.full(900, -1.0), np.full(90, 2.0), np.full(10, 2.5), np.full(30, 7.0)]).astype(np.float16)
+    assert export_coreml.kmeans(x, 3) == pytest.approx([-1, 2.05, 7], abs=1e-3)
+    g = np.random.default_rng(0).standard_normal(20000).astype(np.float16)
+    centres = export_coreml.kmeans(g, 16)
+    error = np.abs(g[:, None].astype(np.float32) - centres).min(1) ** 2
+    assert error.mean() < 0.0098                                                    # Max (1960): 0.0095 is the best that 16 levels can do for a normal
+
+
+def test_roofline_counts_flops_as_pytorch_does(tmp_path):
+    net = torch.nn.Conv2d(16, 32, 3, padding=1, groups=2)
+    p = converted(net, tmp_path / "c.mlpackage")
+    assert sum(map(coreml_check.flops, [op for op in p.ops if op.op_type == "conv"])) == 2 * 32 * 8 * 32 * 8 * 9
+    totals, rows = coreml_check.estimate(p)
+    assert 0 < totals["A18 Pro"] <= totals["A17 Pro"] and rows[0][1] == "conv"
+
+
+@pytest.mark.parametrize("args, words", [(["--size", "50"], ["multiples of"]), (["--size", "64", "96", "--ios", "17"], ["iOS 18"]), (["--size", "64", "64"], ["once"]), (["--out", "assets"], ["no bundle of ours"])])
+def test_bad_exports_get_one_clear_line(args, words):
+    with pytest.raises(UserError, match=words[0]):
+        export_coreml.main(args)
+    with pytest.raises(UserError, match="no bundle"):
+        sample.Bundle("assets/scenes")
 
 
 # ---------------------------------------------------------------------------- common.py: failing like a friend
