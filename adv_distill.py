@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 
-import distill, train
+import distill
 from checkpoint import load_checkpoint, load_into, save_checkpoint
 from common import Log, UserError, anywhere, fill, friendly, pick_device, read_config, read_log, setup, start_others, use_bfloat16
 from data import grid
@@ -143,11 +143,10 @@ def over_heads(form, logits):
     return torch.stack([form(x).mean(1) for x in logits]).mean(0)
 
 
-def critic_loss(kind: str, real, fake):
+def critic_loss(kind, real, fake):
     return over_heads(FORMS[kind][0], real) + over_heads(FORMS[kind][1], fake)
 
-
-def generator_loss(kind: str, fake):
+def generator_loss(kind, fake):
     return over_heads(FORMS[kind][2], fake)
 
 
@@ -375,11 +374,11 @@ def distil(cfg: Config):
             update("generator")
         step += 1
         drawn += cfg.batch * world
-        if step % cfg.log_every == 0 and main:
-            means, now = {k: torch.stack(v).nanmean().item() for k, v in seen.items()}, health(made[:16], x0[:16], ae)
-            line = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator")
-            log(step, **{k: means[k] for k in line if k in means}, lr=cfg.lr * rate(cfg, step - 1), **{"img/s": drawn / (time.time() - begin)})
-            log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **now)
+        if step % cfg.log_every == 0:
+            if main:
+                means, line = {k: torch.stack(v).nanmean().item() for k, v in seen.items()}, ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator")
+                log(step, **{k: means[k] for k in line if k in means}, lr=cfg.lr * rate(cfg, step - 1), **{"img/s": drawn / (time.time() - begin)})
+                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae))
             seen.clear()
             begin, drawn = time.time(), 0
         if (step % cfg.eval_every == 0 or step == cfg.steps) and main:
