@@ -137,11 +137,18 @@ class TaskWeight:
         return torch.exp(self.log_density(torch.logit(t.float(), 1e-6)) - self.peak).clamp(max=1)   # (B,)
 
 
+def tap_names(network) -> list[str]:
+    if isinstance(network, MMDiTConfig):
+        return [f"block{i}" for i in range(network.layers)]
+    stages = range(len(network.widths))
+    return [f"down{i}" for i in stages] + ["mid"] + [f"up{i}" for i in stages]
+
+
 def tap_shape(network, tap: str, size: int) -> tuple[int, int, int]:
     """(C, h, w) of a network's feature, from a pass on the meta device."""
     with torch.device("meta"), torch.no_grad():
         net = build(network)
-        names = [f"block{i}" for i in range(network.layers)] if isinstance(network, MMDiTConfig) else [f"down{i}" for i in range(len(net.down))] + ["mid"] + [f"up{i}" for i in range(len(net.up))]
+        names = tap_names(network)
         if tap not in names:
             raise UserError(f"no tap '{tap}' in the {type(net).__name__}: it has " + ", ".join(names))
         return tuple(net(torch.empty(1, network.in_channels, size // 8, size // 8), torch.empty(1), torch.empty(1, 1, network.context_dim), features=(tap,),

@@ -7,6 +7,7 @@
     python evaluate.py --ckpt DIR --geneval evaluation_metadata.jsonl --out DIR     pictures as GenEval's own evaluator reads them
     python evaluate.py --ckpt DIR --dpg prompts/ --out DIR                          and as DPG-Bench's (a folder of ID.txt)
     python evaluate.py --versus DIR_A DIR_B --out compare.html                      a blind comparison by people, one static page
+    python evaluate.py --figure BASE FAST --out steps.png                           two checkpoints at 1, 2, 4, 8 and 28 steps, and their scores against steps
 
 Beside every score stand its ceiling (the same check on real held-out renders) and its floor (pictures against another prompt's scene).
 N pictures | F features
@@ -22,10 +23,11 @@ from tqdm import tqdm
 
 from checker import CheckerConfig, ceiling, judge, load_checker, look, train_checker
 from checkpoint import resolve
-from common import ASSETS, UserError, friendly, provenance, read_config, setup
-from data import CATEGORIES, Scene, Scenes, grid
+from common import ASSETS, ROOT, UserError, fill, friendly, provenance, read_config, setup
+from data import CATEGORIES, DataConfig, Scene, Scenes, grid
 from decoder import load_autoencoder
-from sample import generate, load_model
+from sample import SAMPLERS, generate, load_model, settings
+from train import Config, chart, shown_prompts
 
 # ---------------------------------------------------------------------------- distances between sets of pictures
 def frechet(a, b) -> float:
@@ -102,10 +104,11 @@ def benchmark_folder(a):
         raise UserError(f"no prompts in {source}: DPG-Bench's are a folder of ID.txt")
     device, _, _ = setup(a.device)
     (net, config), ae, each = load_model(a.ckpt, device), load_autoencoder(a.ae, device), 4
+    how = settings(config, a.steps, a.cfg, a.sampler)
     for k, (prompt, place, line) in enumerate(tqdm(jobs, unit="prompt")):
         if (place / f"samples/{each - 1:05d}.png").exists() or place.is_file():
             continue
-        pictures = generate(net, ae, [prompt] * each, range(k * each, (k + 1) * each), config["data"]["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"])
+        pictures = generate(net, ae, [prompt] * each, range(k * each, (k + 1) * each), config["data"]["size"], **how)
         if line is not None:
             (place / "samples").mkdir(parents=True, exist_ok=True)
             (place / "metadata.jsonl").write_text(json.dumps(line))
@@ -128,7 +131,7 @@ def versus(a):
     captions = [test.caption(test.scene(i, c), random.Random(i)) for i in range(a.prompts) for c in CATEGORIES]
     for path in a.versus:
         net, config = load_model(path, device)
-        drawn.append(generate(net, ae, captions, range(len(captions)), config["data"]["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"], batch=a.batch, progress=True))
+        drawn.append(generate(net, ae, captions, range(len(captions)), config["data"]["size"], **settings(config, a.steps, a.cfg, a.sampler), batch=a.batch, progress=True))
 
     def url(picture):
         buffer = io.BytesIO()
@@ -149,15 +152,46 @@ def versus(a):
     print(f"{out}: {len(pairs)} pairs; open it in a browser")
 
 
+def figure(a):
+    """Rows of prompts, columns of steps: the base student with its guidance above, the distilled one below; and the curve of the score.json files in their folders, such as
+    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves there (the best, where there are several for a number of steps)."""
+    columns, cells, words, lines, prompts = (1, 2, 4, 8, 28), [], [], [], []
+    device, _, _ = setup(a.device)
+    ae = load_autoencoder(a.ae, device)
+    for path, colour in zip(a.figure, ((220, 110, 30), (40, 90, 220))):
+        net, config = load_model(path, device)
+        prompts = prompts or shown_prompts(Config(data=fill(DataConfig(), config["data"], path)))[:6]      # one a category
+        drawn = [generate(net, ae, prompts, range(6), config["data"]["size"], **settings(config, n)) for n in columns]
+        cells += [pictures[i] for i in range(6) for pictures in drawn]
+        words += [f"{n} steps, {'base' if not lines else 'distilled'}: {p}" for p in prompts for n in columns]
+        scores, folder = {}, Path(path) if Path(path).is_dir() else ROOT / path
+        for r in (json.loads(p.read_text()) for p in folder.rglob("score.json")):
+            scores[r["steps"]] = max(scores.get(r["steps"], 0.01), r["scores"]["mean"]["score"])
+        lines.append(([(i, scores[n]) for i, n in enumerate(columns) if n in scores], colour))
+        print(f"{path}: " + (", ".join(f"{n} steps {s:.3f}" for n, s in sorted(scores.items())) or f"no scores there: python evaluate.py --ckpt {path} --steps 4 --out {path}/steps4, and so on"))
+    sheet, curve = grid(cells, words, len(columns), max(1, 128 // cells[0].shape[0])), chart(lines, f"score at {', '.join(map(str, columns))} steps; orange: base, blue: distilled")
+    whole = Image.new("RGB", (max(sheet.width, curve.width if curve else 0), sheet.height + (curve.height if curve else 0)), (255, 255, 255))
+    for picture, y in ((sheet, 0), (curve, sheet.height)):
+        if picture:
+            whole.paste(picture, (0, y))
+    try:
+        whole.save(out := a.out or "steps.png")
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot write {out}: {e}")
+    print(f"{out}: {a.figure[0]} above, {a.figure[1]} below")
+
+
 def evaluate(a):
     device, _, _ = setup(a.device)
     checker = None if a.sheet else load_checker(a.checker, device)
     net, config = load_model(a.ckpt, device)
+    how = settings(config, a.steps, a.cfg, a.sampler)
+    steps, cfg, sampler = len(how["steps"]) - 1, how["cfg"], how["sampler"]
     ae, d = load_autoencoder(a.ae, device), config["data"]
     test = Scenes(d["size"], "test", seed=9, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
     scenes = [test.scene(i, c) for c in CATEGORIES for i in range(a.prompts)]
     captions = [test.caption(s, random.Random(i)) for i, s in enumerate(scenes) for _ in range(a.each)]
-    draw = lambda captions, first: generate(net, ae, captions, range(first, first + len(captions)), d["size"], a.steps, a.cfg, a.sampler, config["flow"]["shift"], batch=a.batch, progress=True)
+    draw = lambda captions, first: generate(net, ae, captions, range(first, first + len(captions)), d["size"], **how, batch=a.batch, progress=True)
     begin = time.time()
     pictures = draw(captions, 0)
     if a.sheet:
@@ -167,11 +201,11 @@ def evaluate(a):
     result, verdicts, confusions = score(pictures, scenes, checker, a.each)
     top = ceiling(checker, 200, d["size"], d["nouns"], d["layout"])
     top["mean"], confusions["mean"] = float(np.mean(list(top.values()))), []
-    print(f"{a.ckpt}, {a.steps} steps, {a.sampler}, cfg {a.cfg:g}: {a.prompts} prompts a category, {a.each} pictures each, {seconds:.3f} s a picture\n")
+    print(f"{a.ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {a.prompts} prompts a category, {a.each} pictures each, {seconds:.3f} s a picture\n")
     print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistaken most")
     for c, r in result.items():
         print(f"{c:12} {r['score']:6.3f}  {r['low']:.3f} - {r['high']:.3f} {top[c]:7.3f} {r['shuffled']:8.3f}  " + "; ".join(f"{w} ({n})" for w, n in confusions[c][:3]))
-    out = {"ckpt": str(a.ckpt), "step": config.get("step"), "steps": a.steps, "cfg": a.cfg, "sampler": a.sampler, "prompts": a.prompts, "each": a.each,
+    out = {"ckpt": str(a.ckpt), "step": config.get("step"), "steps": steps, "cfg": cfg, "sampler": sampler, "prompts": a.prompts, "each": a.each,
            "seconds": seconds, "scores": result, "ceiling": top, "confusions": confusions, **provenance()}
     if a.fd:
         plain = Scenes(d["size"], "test", seed=11, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
@@ -207,9 +241,9 @@ def main(argv):
     p.add_argument("--ckpt", default="assets/scenes")
     p.add_argument("--ae", default="assets/ae")
     p.add_argument("--checker", default="assets/checker")
-    p.add_argument("--steps", type=int, default=28)
-    p.add_argument("--cfg", type=float, default=4.0)
-    p.add_argument("--sampler", default="dpmpp")
+    p.add_argument("--steps", type=int, help="this, --cfg and --sampler: by default what the checkpoint's few_steps say, else 28, 4 and dpmpp")
+    p.add_argument("--cfg", type=float)
+    p.add_argument("--sampler", choices=SAMPLERS)
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance; 0 = none")
@@ -217,13 +251,14 @@ def main(argv):
     p.add_argument("--dpg", default="", help="DPG-Bench's folder of prompts")
     p.add_argument("--sheet", default="", help="only draw the pictures into this file, to judge by eye")
     p.add_argument("--versus", nargs=2, default=(), metavar=("A", "B"), help="two checkpoints")
+    p.add_argument("--figure", nargs=2, default=(), metavar=("BASE", "FAST"), help="two checkpoints")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: the checkpoint's")
     p.add_argument("--device", default="auto")
     a = p.parse_args(argv)
-    if min(a.steps, a.prompts, a.each) < 1:
+    if min(1 if a.steps is None else a.steps, a.prompts, a.each) < 1:
         raise UserError("--steps, --prompts and --each want 1 or more")
-    (versus if a.versus else benchmark_folder if a.geneval or a.dpg else evaluate)(a)
+    (figure if a.figure else versus if a.versus else benchmark_folder if a.geneval or a.dpg else evaluate)(a)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
     python sample.py "three red cars left of a tree" -n 4 --seed 1 -o out.png
     python sample.py "a dog" "a blue cat" --ckpt runs/nano --steps 28 --cfg 4 --sampler dpmpp
     python sample.py "a red car" --coreml bundle/              the files of export_coreml.py: by Core ML on a Mac, by coreml_check elsewhere
+    python sample.py "a dog" --base                     the model before step distillation, where both are shipped
 
 Rectified flow (paper.md, section 4): x_t = (1 - t) x0 + t eps, the network gives v = eps - x0, so x0 = x_t - t v, and t = 1 is noise.
 A sampler is a pure function (velocity, x, times) -> x0, with velocity(x, t) -> v, and times from 1 down to 0.
@@ -17,7 +18,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from checkpoint import load_checkpoint, load_into
-from common import UserError, fill, friendly, setup
+from common import ASSETS, UserError, fill, friendly, setup
 from data import grid
 from decoder import load_autoencoder
 from mmdit import MMDiT, MMDiTConfig
@@ -68,7 +69,25 @@ def dpmpp(velocity, x, times):
     return x
 
 
-SAMPLERS = {"euler": euler, "heun": heun, "dpmpp": dpmpp}
+def renoise(velocity, x, times, noise):
+    """For few-step students (Song et al. 2023, algorithm 1): predict x0, noise it afresh to the next time. One evaluation a step; noise(k) is that of step k."""
+    for k, (t, s) in enumerate(zip(times, times[1:])):
+        x0 = x - t * velocity(x, t)
+        x = (1 - s) * x0 + s * noise(k) if s > 0 else x0
+    return x
+
+
+SAMPLERS = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "renoise": renoise}
+
+
+def settings(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> dict:
+    """How a checkpoint is sampled, as generate() takes it: what is asked for, else what its config.json says under few_steps, else 28 guided steps.
+    A student of K steps that is asked for fewer walks over times that it was trained at."""
+    few = config.get("few_steps")
+    own = {"steps": 28, "sampler": "dpmpp", "cfg": 4.0, "shift": config["flow"]["shift"], **(few or {})}
+    n, K, shift = steps or own["steps"], own["steps"], shift or own["shift"]
+    walk = [times(K, shift)[i * K // n] for i in range(n)] + [0.0] if few and n <= K else times(n, shift)
+    return {"steps": walk, "cfg": own["cfg"] if cfg is None else cfg, "sampler": sampler or own["sampler"]}
 
 
 def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
@@ -189,20 +208,26 @@ def latents_noise(seeds, shape, device):
     return torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(s)) for s in seeds]).to(device)
 
 
+def to_pictures(images) -> list[np.ndarray]:
+    """(B, 3, H, W) in [-1, 1] -> uint8 (H, W, 3) each."""
+    return list(((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+
+
 @torch.inference_mode()
 def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0, interval=(0.0, 1.0), batch=16, progress=False):
-    """Captions and seeds, as many of each -> list of uint8 (H, W, 3). `size` in pixels, or (height, width)."""
+    """Captions and seeds, as many of each -> list of uint8 (H, W, 3), or without an autoencoder of latents. `size` in pixels, or (height, width);
+    `steps` a number, or the times themselves."""
     height, width = (size, size) if isinstance(size, int) else size
-    device, pictures = net.device, []
+    device, pictures, walk = net.device, [], times(steps, shift) if isinstance(steps, int) else steps
     bar = tqdm(total=len(captions), unit="picture", disable=not progress)
     for i in range(0, len(captions), batch):
         text, empty = net.encode(captions[i:i + batch]), net.encode([""])
         n = len(text.emb)
         empty = Text(empty.emb.expand(n, -1, -1), empty.mask.expand(n, -1))
-        noise = latents_noise(seeds[i:i + batch], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)  # (B, 16, H/8, W/8)
-        latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise, times(steps, shift))
-        images = ae.decode(latents).clamp(-1, 1)                                                      # (B, 3, H, W)
-        pictures += list(((images + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
+        noise = lambda k=-1: latents_noise([s + ((k + 1) << 40) for s in seeds[i:i + batch]], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)
+        fresh = {"noise": noise} if sampler == "renoise" else {}                                     # from the picture's own seed, too
+        latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise(), walk, **fresh)   # (B, 16, H/8, W/8)
+        pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
         bar.update(n)
     bar.close()
     return pictures
@@ -211,13 +236,14 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("prompts", nargs="+", help="what to draw; several prompts make several pictures")
-    p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run directory")
+    p.add_argument("--ckpt", default="", help="checkpoint or run directory; default: assets/fast, or assets/scenes where that is not")
+    p.add_argument("--base", action="store_true", help="assets/scenes, the model before step distillation")
     p.add_argument("--ae", default="assets/ae", help="autoencoder's checkpoint")
     p.add_argument("--coreml", default="", metavar="BUNDLE", help="draw with this Core ML bundle instead of --ckpt and --ae")
-    p.add_argument("--steps", type=int, default=28)
-    p.add_argument("--cfg", type=float, default=4.0, help="guidance; 1 = none")
+    p.add_argument("--steps", type=int, help="default: the checkpoint's few_steps, else 28")
+    p.add_argument("--cfg", type=float, help="guidance; 1 = none; default: the checkpoint's few_steps, else 4")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"), help="times t at which guidance acts")
-    p.add_argument("--sampler", choices=SAMPLERS, default="dpmpp")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: the checkpoint's few_steps, else dpmpp")
     p.add_argument("--shift", type=float, default=0.0, help="of time; 0 = as in training")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("-n", type=int, default=1, help="pictures a prompt")
@@ -227,8 +253,12 @@ def main(argv):
     a = p.parse_args(argv)
     if any(not s.strip() for s in a.prompts):
         raise UserError("the prompt is empty: say what to draw, such as \"a red car\"")
-    if a.steps < 1 or a.n < 1:
+    if (a.steps is not None and a.steps < 1) or a.n < 1:
         raise UserError(f"--steps and -n want 1 or more, got {a.steps} and {a.n}")
+    if a.base and a.ckpt:
+        raise UserError(f"--base is assets/scenes: leave it or --ckpt {a.ckpt} out")
+    if not a.ckpt:
+        a.ckpt = "assets/fast" if (ASSETS / "fast").is_dir() and not a.base else "assets/scenes"
     device, _, _ = setup(a.device)
     if a.coreml:
         net = Bundle(a.coreml, a.size[0] if len(a.size) == 1 else -1)
@@ -243,16 +273,15 @@ def main(argv):
     tokenize(a.prompts, config["text"]["max_tokens"])       # complain before the work begins
     ae = net if a.coreml else load_autoencoder(a.ae, device)
     captions = [c for c in a.prompts for _ in range(a.n)]
-    begin = time.time()
-    pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, a.steps, a.cfg, a.sampler,
-                        a.shift or config["flow"]["shift"], tuple(a.interval), progress=True)
+    begin, how = time.time(), settings(config, a.steps, a.cfg, a.sampler, a.shift)
+    pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, **how, interval=tuple(a.interval), progress=True)
     scale = max(1, 256 // pictures[0].shape[0]) if len(pictures) > 1 else 1
     try:
         sheet = grid(pictures, captions, a.n if len(a.prompts) > 1 else 0, scale) if len(pictures) > 1 else Image.fromarray(pictures[0])
         sheet.save(a.out)
     except (OSError, ValueError) as e:
         raise UserError(f"cannot write {a.out}: {e}")
-    print(f"{a.out}: {len(pictures)} pictures of {pictures[0].shape[0]}x{pictures[0].shape[1]}, {(time.time() - begin) / len(pictures):.2f} s each ({a.steps} steps, {a.sampler}, cfg {a.cfg:g})")
+    print(f"{a.out}: {len(pictures)} pictures of {pictures[0].shape[0]}x{pictures[0].shape[1]}, {(time.time() - begin) / len(pictures):.2f} s each ({len(how['steps']) - 1} steps, {how['sampler']}, cfg {how['cfg']:g})")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-import ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, results, sample, text, train
+import adv_distill, ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -792,6 +792,212 @@ def test_bad_distillations_are_named(teachers, tmp_path):
             objective_of(teachers, **bad)
     fails_in_one_line(run("distill.py", "teacher=runs/nowhere", "device=cpu", f"out={tmp_path / 'x'}"), "no teacher at 'runs/nowhere'", "kd")
     fails_in_one_line(run("distill.py", "--plot", tmp_path), "holds no distillation")
+
+
+# ---------------------------------------------------------------------------- adv_distill.py
+@pytest.fixture(scope="module")
+def student(teachers):
+    """A checkpoint to start from, and the frozen UNet that watches it."""
+    net = tiny_model()
+    config = {"arch": "unet", "model": vars(net.unet.cfg), "text": vars(net.text.cfg), "flow": {"mean": 0.0, "std": 1.0, "shift": 1.0}, "data": {"size": 64, "nouns": 12}}
+    checkpoint.save_checkpoint(teachers / "student", {"model": net.state_dict()}, config, latest=False)
+    return teachers
+
+
+def adv_config(shared, out, **kw):
+    return read(adv_distill.Config(), **{**vars(train_config(shared, out)), "init": str(shared / "student"), "teacher": str(shared / "teacher_unet"), "critic_taps": ["down1", "mid", "up2"],
+        **dict(critic_width=16, steps=4, eval_every=2, log_every=1, K=2, ema=0.5), **kw})
+
+
+def critic_of(shared, **kw):
+    torch.manual_seed(0)
+    cfg = adv_config(shared, "unused", **kw)
+    return adv_distill.Critic(cfg, distill.Teacher(cfg, torch.device("cpu")))
+
+
+def test_gradients_of_d_stop_at_the_frozen_features_and_those_of_g_pass_through(student):
+    critic, net, (x0, eps, t, ids, mask), g = critic_of(student), tiny_model().train(), a_batch(4), torch.Generator().manual_seed(0)
+    text_ = critic.frozen.encode(ids, mask)
+    made = adv_distill.predict(net, adv_distill.noised(x0, t, g), t, ids, mask)
+    real, fake = critic(x0, t, text_), critic(adv_distill.noised(made.detach(), t, g), t, text_)
+    assert [x.shape for x in fake] == [(4, 16), (4, 4), (4, 64)]                # places of the three stages
+    adv_distill.critic_loss("paper", real, fake).mean().backward()
+    frozen = [*critic.frozen.denoiser.parameters(), *critic.frozen.text.parameters()]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic.parameters()) and not {id(p) for p in frozen} & {id(p) for p in critic.parameters()}
+    assert all(p.grad is None for p in [*frozen, *net.parameters()])
+    adv_distill.generator_loss("hinge", critic(adv_distill.noised(made, t, g), t, text_)).mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in net.named_parameters() if n.startswith("unet.") or "blocks" in n)
+    assert all(p.grad is None for p in frozen) and not [k for k in critic.state_dict() if not k.startswith(("heads.", "embed."))]
+
+
+def test_heads_see_time_and_text(student):
+    critic, (x0, eps, t, ids, mask) = critic_of(student), a_batch(4)
+    monkey = lambda x, t, *a, **k: (None, {tap: torch.ones(4, n, 2, 2) for tap, n in (("down1", 64), ("mid", 96), ("up2", 32))})     # features that see nothing
+    critic.frozen.denoiser = type("Blind", (), {"__call__": lambda self, *a, **k: monkey(*a, **k), "parameters": lambda self: iter([torch.zeros(1)])})()
+    text_ = critic.frozen.encode(ids, mask)
+    one, later, other = critic(x0, t, text_), critic(x0, 0.5 * t, text_), critic(x0, t, text_._replace(emb=text_.emb.flip(0), mask=text_.mask.flip(0)))
+    assert all(not torch.allclose(a, b, atol=1e-5) for a, b in zip(one * 2, later + other))
+
+
+def test_noising_again_keeps_the_marginal():
+    """Data +-1; a generator that knows the data; its prediction noised to t' is distributed as data noised to t'. And so is what the sampler's own path gives."""
+    g, n = torch.Generator().manual_seed(0), 40000
+    x0 = torch.randint(0, 2, (n, 1, 1, 1), generator=g) * 2.0 - 1
+    t = torch.full((n,), 0.2)
+    made = adv_distill.noised(x0, t, g).sign()                                  # 4 deviations apart
+    for s in (0.3, 0.6, 0.9):
+        x = adv_distill.noised(made, torch.full((n,), s), g).flatten()
+        for power, moment in ((1, 0), (2, (1 - s) ** 2 + s**2), (4, (1 - s) ** 4 + 6 * (1 - s) ** 2 * s**2 + 3 * s**4)):
+            assert x.pow(power).mean().item() == pytest.approx(moment, abs=0.04 * (1 + moment))
+        assert ((x - (1 - s) * made.flatten()) * (adv_distill.noised(x0, t, g) - 0.8 * x0).flatten()).mean().abs() < 0.01
+    walk, k = torch.tensor([1.0, 0.75, 0.5, 0.25]), torch.arange(n) % 4
+    x = adv_distill.simulated(lambda x, t, ids, mask: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), k, k, g)[:, 0, 0, 0]       # it always predicts 3
+    for i, s in enumerate(walk.tolist()):
+        assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04) and x[k == i].std().item() == pytest.approx(s, abs=0.03)
+
+
+@pytest.mark.parametrize("kind", ["paper", "nonsaturating", "hinge"])
+def test_each_loss_teaches_d_the_difference_and_pulls_g_towards_real(kind):
+    g = torch.Generator().manual_seed(0)
+    real, fake = torch.randn(256, 2, generator=g) + 2, torch.randn(256, 2, generator=g) - 2
+    D = torch.nn.Linear(2, 1)
+    torch.nn.init.zeros_(D.weight), torch.nn.init.zeros_(D.bias)
+    opt = torch.optim.SGD(D.parameters(), 0.1)
+    loss = lambda: adv_distill.critic_loss(kind, [D(real), D(real)], [D(fake), D(fake)]).mean()
+    first = loss().item()
+    for _ in range(40):
+        opt.zero_grad(), loss().backward(), opt.step()
+    assert loss().item() < 0.6 * first and (D(real) > 0).float().mean() > 0.9 and (D(fake) < 0).float().mean() > 0.9
+    fake.requires_grad_()
+    pull, = torch.autograd.grad(adv_distill.generator_loss(kind, [D(fake)]).sum(), fake)
+    assert (-pull.sum(1) > 0).all()                                             # down the loss is up and right, where the real ones are
+    zero = [torch.zeros(1, 3)]
+    want = {"paper": (2 * np.log(2), -np.log(2)), "nonsaturating": (2 * np.log(2), np.log(2)), "hinge": (2, 0)}[kind]
+    assert (adv_distill.critic_loss(kind, zero, zero).item(), adv_distill.generator_loss(kind, zero).item()) == pytest.approx(want)
+
+
+def test_r1_is_the_squared_gradient():
+    g, x, t = torch.Generator().manual_seed(0), torch.randn(20000, 3, 1, 1), torch.rand(20000)
+    w = torch.tensor([1.0, -2.0, 0.5], requires_grad=True)
+    critic = lambda x, t, text: [(x.flatten(1) @ w)[:, None], x.flatten(1)[:, :2] * 0]      # the second head is flat
+    penalty = adv_distill.r1_penalty(critic, x, t, None, critic(x, t, None), 0.05, g).mean()
+    assert penalty.item() == pytest.approx(5.25 / 2, rel=0.05)
+    grad, = torch.autograd.grad(penalty, w)
+    assert torch.nn.functional.cosine_similarity(grad, w.detach(), 0) > 0.99                # it shrinks w
+
+
+def test_distribution_matching_moves_towards_the_real_and_stops_there():
+    gauss = lambda m: lambda x, t, *_: (lambda a: -m + (x - (1 - a) * m) * (a - (1 - a) * 0.25) / ((1 - a) ** 2 * 0.25 + a**2))(t[:, None, None, None])    # velocity of N(m, 1/4)
+    g, x, t, real = torch.Generator().manual_seed(0), 0.5 * torch.randn(512, 1, 2, 2), torch.full((512,), 0.5), lambda *a: (gauss(1.0)(*a), {})
+    pull = adv_distill.dmd_gradient(real, gauss(0.0), x, t, None, None, g)
+    assert (pull < 0).all() and pull.sum((1, 2, 3)).mean().abs() < 2           # down it is up; of order one a picture
+    assert adv_distill.dmd_gradient(real, gauss(1.0), x, t, None, None, g).abs().max() == 0
+    for steps, tol in ((1, 0.5), (64, 0.02)):                                   # the teacher's path from noise ends at m + x / 2
+        end = x - adv_distill.teacher_velocity(real, x, torch.ones(512), None, None, steps)
+        assert (end - (1 + x / 2)).abs().mean() < tol and ((end - (1 + x / 2)).abs().mean() > 0.1) == (steps == 1)
+
+
+@pytest.mark.parametrize("K", [1, 2, 4])
+def test_renoise_with_an_oracle_gives_x0(K):
+    x0, seen, asked = torch.randn(3, 2, 4, 4), [], []
+    def noise(k):
+        asked.append(torch.full_like(x0, k + 1.0))
+        return asked[-1]
+    out = sample.renoise(lambda x, t: seen.append((x, t)) or (x - x0) / t, torch.randn_like(x0), sample.times(K, 1.0), noise)
+    assert torch.allclose(out, x0, atol=1e-5) and len(seen) == K and len(asked) == K - 1
+    assert all(torch.allclose(x, (1 - t) * x0 + t * (k + 1), atol=1e-5) for k, (x, t) in enumerate(seen[1:]))     # fresh noise each time
+
+
+def test_a_checkpoint_says_how_it_is_sampled():
+    base, few = {"flow": {"shift": 1.0}}, {"flow": {"shift": 1.0}, "few_steps": {"steps": 4, "sampler": "renoise", "cfg": 1.0, "shift": 3.0}}
+    how = sample.settings(base)
+    assert (len(how["steps"]), how["cfg"], how["sampler"]) == (29, 4.0, "dpmpp") and sample.settings(base, 4)["steps"] == sample.times(4, 1.0)
+    how = sample.settings(few)
+    assert (how["steps"], how["cfg"], how["sampler"]) == (pytest.approx([1, 0.9, 0.75, 0.5, 0]), 1.0, "renoise")
+    assert sample.settings(few, 1)["steps"] == [1.0, 0.0] and sample.settings(few, 2)["steps"] == pytest.approx([1, 0.75, 0]) and set(sample.settings(few, 3)["steps"]) < set(how["steps"])
+    assert sample.settings(few, 8)["steps"] == sample.times(8, 3.0) and sample.settings(few, 4, 2.0, "euler", 1.0) == {"steps": sample.times(4, 1.0), "cfg": 2.0, "sampler": "euler"}
+    net, ae = tiny_model(), tiny_ae()
+    together, alone = sample.generate(net, ae, ["a dog", "a cat"], [1, 2], **how), sample.generate(net, ae, ["a cat"], [2], **how)
+    assert np.abs(together[1].astype(int) - alone[0]).max() <= 1               # its fresh noise is its own
+    fails_in_one_line(run("sample.py", "a dog", "--base", "--ckpt", "runs/x"), "--base")
+
+
+def test_collapse_oversaturation_and_drift_are_said():
+    class Same:
+        decode = staticmethod(lambda z: z[:, :3])
+    real = 0.5 * torch.randn(32, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+    words = lambda x: [line.split(":")[0] for line in adv_distill.verdict(adv_distill.health(x, real, Same))]
+    assert words(real.roll(1, 0)) == words(0.8 * real) == words(1.2 * real) == []
+    assert words(real[:1].expand(32, -1, -1, -1) + 0.05 * real) == ["collapse"] and words(1.5 * real) == ["oversaturation"] and words(real + 0.4) == ["drift"]
+
+
+def everything(out):
+    return checkpoint.load_checkpoint(out, ("model", "ema", "generator_optimizer", "critic", "critic_optimizer", "fake", "fake_optimizer"))[1]
+
+
+def test_few_steps_end_to_end_and_resume_restores_every_player(student, tmp_path, monkeypatch):
+    config = lambda out: adv_config(student, out, method="both", generator_every=1)
+    adv_distill.distil(config(tmp_path / "a"))
+    real = adv_distill.rate
+    with monkeypatch.context() as m:
+        m.setattr(adv_distill, "rate", lambda cfg, step: real(cfg, step) if step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            adv_distill.distil(config(tmp_path / "b"))
+    adv_distill.distil(config(tmp_path / "b"))
+    a, b, begin = everything(tmp_path / "a"), everything(tmp_path / "b"), sample.load_model(student / "student")[0].state_dict()
+    assert len(a) == 7 and all(same(a[k], b[k]) for k in a)
+    assert not any(torch.equal(a["model"][k], begin[k]) or torch.equal(a["model"][k], a["fake"][k]) for k in begin if k.endswith("conv_out.weight"))
+    assert all(a[f"{k}_optimizer"]["0.step"] == 4 for k in ("generator", "critic", "fake"))
+    first, second = (common.read_log(tmp_path / k / "log.csv") for k in "ab")
+    assert [(r["step"], r["d_loss"], r["task"]) for r in first] == [(r["step"], r["d_loss"], r["task"]) for r in second]
+    columns = {k for r in first for k, v in r.items() if v}
+    assert {"d_real", "d_fake", "accuracy_mid", "r1", "fake_loss", "kd", "task", "pull_gan", "pull_dmd", "latent_std", "pixel_std", "spread", "sample_spread", "val"} <= columns
+    for name in ("health.png", "samples_0000004.png"):
+        assert (tmp_path / "a" / name).stat().st_size > 0
+    net, saved = sample.load_model(tmp_path / "a" / "final")
+    calls = []
+    net.unet.register_forward_hook(lambda m, i, o: calls.append((len(o), i[1][0].item())))
+    sample.generate(net, tiny_ae(), ["a dog"], [1], **sample.settings(saved))
+    assert saved["few_steps"]["steps"] == 2 and calls == [(1, 1.0), (1, 0.5)]   # K evaluations, without guidance
+    import json
+    for where, steps in (("student", 4), ("student", 28), ("a", 2), ("a", 4)):
+        folder = (student if where == "student" else tmp_path) / where / f"steps{steps}"
+        folder.mkdir(exist_ok=True)
+        (folder / "score.json").write_text(json.dumps({"steps": steps, "scores": {"mean": {"score": 0.5}}}))
+    evaluate.main(["--figure", str(student / "student"), str(tmp_path / "a"), "--ae", str(student / "ae"), "--out", str(tmp_path / "steps.png"), "--device", "cpu"])
+    from PIL import Image
+    assert Image.open(tmp_path / "steps.png").height > 12 * 128 + 360           # two times six rows, and the curve
+
+
+def test_a_nan_in_d_or_g_costs_one_step(student, tmp_path, monkeypatch, capsys):
+    n = {"critic_loss": [], "generator_loss": []}
+    for name, bad in (("critic_loss", 2), ("generator_loss", 3)):
+        def broken(*args, real=getattr(adv_distill, name), name=name, bad=bad):
+            n[name].append(1)
+            return real(*args) * (float("nan") if len(n[name]) == bad else 1)
+        monkeypatch.setattr(adv_distill, name, broken)
+    adv_distill.distil(adv_config(student, tmp_path / "a", generator_every=1, eval_every=4))
+    out = capsys.readouterr().out
+    assert "step 1: the critic's gradient is not finite" in out and "step 2: the generator's gradient" in out and out.count("skipped, 1 so far") == 2
+    saved, state = checkpoint.load_checkpoint(tmp_path / "a", ("model", "ema", "critic", "critic_optimizer", "generator_optimizer"))
+    assert all(torch.isfinite(v).all() for s in state.values() for v in s.values()) and saved["skipped"] == {"generator": 1, "critic": 1}
+    assert state["critic_optimizer"]["0.step"] == state["generator_optimizer"]["0.step"] == 3
+
+
+@pytest.mark.parametrize("kw", [dict(method="dmd", backward_simulation=True, kd_steps=2, K=3), dict(loss="paper", critic="init", r1=0.0, teacher="", critic_taps=[]), dict(teacher="mmdit", critic_taps=["block0"])], ids=str)
+def test_every_way_runs(student, tmp_path, kw):
+    kw = {**kw, **({"teacher": str(student / "teacher_mmdit")} if kw.get("teacher") else {})}
+    adv_distill.distil(adv_config(student, tmp_path / "a", steps=2, generator_every=2, **kw))
+    config, state = checkpoint.load_checkpoint(tmp_path / "a", ("model", "critic", "fake"))
+    assert config["few_steps"]["steps"] == kw.get("K", 2) and ("fake" in state, "critic" in state) == ((True, False) if kw.get("method") else (False, True))
+    assert not torch.equal(state["model"]["unet.conv_out.weight"], sample.load_model(student / "student")[0].unet.conv_out.weight)
+
+
+def test_bad_step_distillations_are_named(student, tmp_path):
+    for bad, words in ((dict(method="wgan"), "gan, dmd, both"), (dict(loss="lsgan"), "hinge"), (dict(critic="clip"), "teacher, init"), (dict(K=0), "K wants 1"), (dict(featkd=True), "featkd"),
+                       (dict(init="runs/nowhere"), "no checkpoint"), (dict(critic_taps=["up9"]), "down0")):
+        with pytest.raises(UserError, match=words):
+            adv_distill.distil(adv_config(student, tmp_path / "x", **bad))
 
 
 # ---------------------------------------------------------------------------- checker.py, evaluate.py

@@ -98,6 +98,25 @@ def rate(cfg, step: int) -> float:
 
 
 # ---------------------------------------------------------------------------- data
+def load_data(cfg: Config, device, rank, world):
+    """The autoencoder, and the latents of the training scenes and of the held-out ones."""
+    ae = load_autoencoder(cfg.ae, device)
+    ae_key = f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+    for turn in range(world):                                   # one process fills the cache, the others find it there
+        if turn == rank:
+            latents = latents_of(cfg.data, ae, ae_key)
+            held_out = latents_of(cfg.data, ae, ae_key, "test", cfg.val_pictures)
+        if world > 1:
+            torch.distributed.barrier()
+    return ae, latents, held_out
+
+
+def shown_prompts(cfg: Config) -> list[str]:
+    """Of the sample grids: 24 held-out ones, the six categories in turn."""
+    test = scenes_of(cfg.data, "test")
+    return [test.caption(test.scene(i, CATEGORIES[i % 6]), random.Random(0)) for i in range(24)]
+
+
 class Batches:
     """Batch number k of a process: latents in a new order each epoch, captions worded anew each time, some of them dropped."""
 
@@ -204,18 +223,9 @@ def train(cfg: Config, make_objective=FlowObjective):
     beside = lambda: {k: v for k, v in objective.state_dict().items() if not k.startswith("net.")}
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
-    ae = load_autoencoder(cfg.ae, device)
-    ae_key = f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
-    for turn in range(world):                                   # one process fills the cache, the others find it there
-        if turn == rank:
-            latents = latents_of(cfg.data, ae, ae_key)
-            held_out = latents_of(cfg.data, ae, ae_key, "test", cfg.val_pictures)
-        if world > 1:
-            torch.distributed.barrier()
+    ae, latents, held_out = load_data(cfg, device, rank, world)
     batches, validation = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device)
-    test = scenes_of(cfg.data, "test")
-    shown = [test.scene(i, CATEGORIES[i % 6]) for i in range(24)]
-    prompts = [test.caption(s, random.Random(0)) for s in shown]
+    prompts = shown_prompts(cfg)
 
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists():
