@@ -26,7 +26,7 @@ from checkpoint import resolve
 from common import ASSETS, ROOT, UserError, fill, friendly, provenance, read_config, setup
 from data import CATEGORIES, DataConfig, Scene, Scenes, grid
 from decoder import load_autoencoder
-from sample import SAMPLERS, generate, load_model, settings
+from sample import SAMPLERS, Bundle, generate, load_model, settings
 from train import Config, chart, shown_prompts
 
 # ---------------------------------------------------------------------------- distances between sets of pictures
@@ -184,10 +184,13 @@ def figure(a):
 def evaluate(a):
     device, _, _ = setup(a.device)
     checker = None if a.sheet else load_checker(a.checker, device)
-    net, config = load_model(a.ckpt, device)
-    how = settings(config, a.steps, a.cfg, a.sampler)
+    if a.coreml:
+        net = ae = Bundle(a.coreml)
+        config, a.ckpt = net.config, a.coreml
+    else:
+        (net, config), ae = load_model(a.ckpt, device), load_autoencoder(a.ae, device)
+    how, d = settings(config, a.steps, a.cfg, a.sampler), config["data"]
     steps, cfg, sampler = len(how["steps"]) - 1, how["cfg"], how["sampler"]
-    ae, d = load_autoencoder(a.ae, device), config["data"]
     test = Scenes(d["size"], "test", seed=9, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
     scenes = [test.scene(i, c) for c in CATEGORIES for i in range(a.prompts)]
     captions = [test.caption(s, random.Random(i)) for i, s in enumerate(scenes) for _ in range(a.each)]
@@ -216,7 +219,7 @@ def evaluate(a):
                 "fid": inception_fid(renders[:a.fd], drawn, device)}
         print(f"\nFrechet distance on the checker's features, {a.fd} pictures: {out['fd']:.3f} (renders against renders {out['fd_floor']:.3f}); precision {precision:.3f}, recall {recall:.3f}")
         print("FID on InceptionV3's features: " + (f"{out['fid']:.2f}" if out["fid"] is not None else "not measured (pip install torch-fidelity, and put its weights into torch's hub folder)"))
-    folder = Path(a.out or resolve(a.ckpt))
+    folder = Path(a.out or (a.coreml or resolve(a.ckpt)))
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "score.json").write_text(json.dumps(out, indent=1))
     contact_sheet(pictures, captions, verdicts, a.prompts * a.each, a.each).save(folder / "score.png")
@@ -240,6 +243,7 @@ def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ckpt", default="assets/scenes")
     p.add_argument("--ae", default="assets/ae")
+    p.add_argument("--coreml", default="", metavar="BUNDLE", help="score this Core ML bundle instead of --ckpt and --ae, picture by picture")
     p.add_argument("--checker", default="assets/checker")
     p.add_argument("--steps", type=int, help="this, --cfg and --sampler: by default what the checkpoint's few_steps say, else 28, 4 and dpmpp")
     p.add_argument("--cfg", type=float)

@@ -372,6 +372,10 @@ def report(a):
             if subprocess.run([sys.executable, __file__, "--ckpt", a.ckpt, "--ae", a.ae, "--out", str(work / name), *flags]).returncode:
                 raise UserError(f"the export of {name} failed: its message is above")
         m[name] = json.loads((work / name / "manifest.json").read_text())
+        if name != "t2i" and not (work / name / "score.json").is_file():
+            if subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--coreml", str(work / name), "--prompts", "20", "--each", "1"]).returncode:
+                raise UserError(f"{name} could not be scored: the message is above")
+    scores = {n: json.loads((work / n / "score.json").read_text()) for n in m if n != "t2i"}
     rows = [(n, p, r) for n in ("scenes", "t2i") for p, r in m[n]["parts"].items()]
     table = lambda head, lines: "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(map(str, l)) + " |" for l in lines]) + "\n"
     spread = lambda v: f"{v[0]:.1f} to {v[1]:.1f}"
@@ -404,10 +408,10 @@ All of `scenes` took {m["scenes"]["seconds"]:.0f} s, all of `t2i` {m["t2i"]["sec
 
 ## Compression
 
-{table(["bits", "MB", "text encoder dB", "UNet dB", f"picture dB"], [[b, f"{size(n):.1f}", *(f"{m[n]['parts'][p].get('numerics_compressed', m[n]['parts'][p]['numerics']):.1f}" for p in ("TextEncoder", "Unet")),
-    f"{m[n][f'picture_db_{first}']:.1f}"] for b, n in ((16, "scenes"), (8, "scenes-8"), (6, "scenes-6"), (4, "scenes-4"))])}
+{table(["bits", "MB", "text encoder dB", "UNet dB", f"picture dB", "score on scenes (95 %)"], [[b, f"{size(n):.1f}", *(f"{m[n]['parts'][p].get('numerics_compressed', m[n]['parts'][p]['numerics']):.1f}" for p in ("TextEncoder", "Unet")),
+    f"{m[n][f'picture_db_{first}']:.1f}", "{score:.3f} ({low:.3f} to {high:.3f})".format(**scores[n]["scores"]["mean"])] for b, n in ((16, "scenes"), (8, "scenes-8"), (6, "scenes-6"), (4, "scenes-4"))])}
 16: fp16. 8: int8 per output channel. 6, 4: palettes of one tensor each (k-means). The decoder stays fp16. A picture's decibels fall fast, since sampling amplifies: a low number can be another good picture.
-Not scored yet: `sample.Bundle` draws wherever a checkpoint does, for `evaluate.py`.
+The score is `python evaluate.py --coreml BUNDLE --prompts 20 --each 1`: 120 pictures from the files, executed op by op; the whole test of the PyTorch model is in `docs/RESULTS.md`.
 
 ## Lint: what is left
 
