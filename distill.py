@@ -118,7 +118,7 @@ class Teacher:
 def by_bin(x, t):
     """Means of x (B,) over 8 bins of t: (8,), nan where a bin is empty."""
     member = F.one_hot((t * 8).long().clamp(0, 7), 8).float()  # (B, 8)
-    return x.float() @ member / member.sum(0)
+    return (x.float()[:, None] * member).sum(0) / member.sum(0)   # no matrix product: autocast would make it bfloat16
 
 
 class TaskWeight:
