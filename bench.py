@@ -1,9 +1,12 @@
 """What things cost, measured.
 
     python bench.py --ablation [--rows a b final] [--jobs 2] [key=value]    the paper's ladder at a small width: cost, loss and score of each row
+    python bench.py --distillation [--seeds 3] [--jobs 2] [key=value]       the parts of distillation one by one: loss, score and speed of a student with each
 
 The ablation trains configs/ablation.toml once for each row of model.LADDER on the same data, steps and seed, each a `python train.py` of its own (run
 again, it goes on where it stopped), scores it by evaluate.py, and times one denoising step of all rows in turns (A B C A B C ...: machines are noisy).
+The distillation grid trains configs/kd_nano.toml in each of KD_ROWS and with each seed, all from the same teacher, which must be trained before; then the
+student alone again, for as many more steps as fit into the time that the slowest row took.
 """
 import argparse, json, subprocess, sys, time
 from dataclasses import asdict, replace
@@ -12,11 +15,96 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import distill
 from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup
 from model import LADDER, PRESETS, UNet, UNetConfig, count_macs, count_params
+from sample import load_model
 from train import Config
 
 ROWS = ("a", "b", "c1", "c2", "d", "e", "final")
+
+
+KD_ROWS = {  # of distill.Config
+    "alone": ["kd=false", "featkd=false"],
+    "+ output, constant": ["featkd=false", "scaling=constant"],
+    "+ output, timestep-aware": ["featkd=false"],
+    "+ features, timestep-aware": ["kd=false"],
+    "+ both, timestep-aware": [],
+    "+ both, constant": ["scaling=constant"],
+    "output alone (no data)": ["featkd=false", "scaling=constant", "alpha=0.0"],
+}
+
+
+# ---------------------------------------------------------------------------- trainings in a row
+def train_and_score(a, script: str, out: Path, keys) -> list[list[str]]:
+    return [[sys.executable, script, "--config", a.config, *a.overrides, f"out={out}", *keys], score_only(a, out / "final", out)]
+
+
+def score_only(a, ckpt, out: Path) -> list[str]:
+    return [sys.executable, "evaluate.py", "--ckpt", str(ckpt), "--out", str(out), "--prompts", str(a.prompts), "--each", str(a.each)]
+
+
+def run_all(commands: dict[str, list[list[str]]], base: Path, jobs: int):
+    """Each row's commands one after the other, `jobs` rows side by side, the screen of each in base/row.txt. Rows with a score.json are done.
+    The first row goes alone until the cache of latents stands."""
+    done = lambda row: (base / row / "score.json").exists()
+    waiting, running, bar, first = [r for r in commands if not done(r)], {}, tqdm(total=len(commands), initial=sum(map(done, commands)), unit="row"), next(iter(commands))
+    base.mkdir(parents=True, exist_ok=True)
+    while waiting or running:
+        while waiting and len(running) < jobs and (not running or (base / first / "log.csv").exists() or done(first)):
+            row = waiting.pop(0)
+            out = open(base / f"{row}.txt", "a")
+            running[row] = [subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out]
+        for row, (process, out) in list(running.items()):
+            if process.poll() is None:
+                continue
+            if process.returncode or not commands[row]:
+                del running[row]
+                out.close()
+                if process.returncode:
+                    raise UserError(f"row {row} ended with status {process.returncode}: see {base / row}.txt; run the same command to go on")
+                bar.update()
+            else:
+                running[row][0] = subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
+        time.sleep(1)
+    bar.close()
+
+
+def outcome(run: Path) -> dict:
+    """Of a finished row: median pictures/s, the last held-out loss of the averaged weights, the score."""
+    log = read_log(run / "log.csv")
+    speeds = sorted(float(r["img/s"]) for r in log if r.get("img/s"))
+    return {"img_s": speeds[len(speeds) // 2], "val": float(next(r["val"] for r in reversed(log) if r.get("val"))), "scores": json.loads((run / "score.json").read_text())["scores"]}
+
+
+# ---------------------------------------------------------------------------- the parts of distillation
+def distillation(a):
+    cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides])
+    base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + a.seeds)
+    teacher = distill.find_teacher(cfg.teacher)[1]
+    place = lambda row, seed: "".join(c if c.isalnum() else "_" for c in row) + f"_{seed}"
+    jobs = lambda row, keys: {place(row, seed): train_and_score(a, "distill.py", base / place(row, seed), [*keys, f"seed={seed}"]) for seed in seeds}
+    rows = {row: KD_ROWS[row] for row in KD_ROWS if row in a.kd_rows}
+    per_seed = [jobs(row, keys) for row, keys in rows.items()]
+    run_all({name: job[name] for k in range(len(seeds)) for job in per_seed for name in [list(job)[k]]} | {"teacher": [score_only(a, teacher, base / "teacher")]}, base, a.jobs)
+    speed = lambda row: sum(outcome(base / place(row, seed))["img_s"] for seed in seeds) / len(seeds)
+    slowest = min(rows, key=speed)
+    steps = {row: cfg.steps for row in rows}
+    if slowest != "alone":
+        steps["alone, as long as the slowest"] = round(cfg.steps * speed("alone") / speed(slowest))
+        run_all(jobs("alone, as long as the slowest", [*KD_ROWS["alone"], f"steps={steps['alone, as long as the slowest']}"]), base, a.jobs)
+
+    out = {"config": a.config, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, "prompts": a.prompts, "each": a.each, "slowest": slowest, **provenance(cfg.seed),
+           "params": count_params(load_model(base / place("alone", cfg.seed) / "final")[0]), "teacher_params": count_params(load_model(teacher)[0]),
+           "teacher": json.loads((base / "teacher" / "score.json").read_text())["scores"], "teacher_val": float(next(r["val"] for r in reversed(read_log(teacher.parent / "log.csv")) if r.get("val"))),
+           "rows": {row: {"steps": n, "seeds": [outcome(base / place(row, seed)) for seed in seeds]} for row, n in steps.items()}}
+    print(f"\n{'row':30} {'steps':>5} {'img/s':>6} {'loss':>7} {'score':>6}  of each seed;  teacher: {out['teacher_val']:.4f} {out['teacher']['mean']['score']:.3f}")
+    for row, r in out["rows"].items():
+        mean = lambda pick: sum(map(pick, r["seeds"])) / len(r["seeds"])
+        print(f"{row:30} {r['steps']:5} {mean(lambda s: s['img_s']):6.0f} {mean(lambda s: s['val']):7.4f} {mean(lambda s: s['scores']['mean']['score']):6.3f}  " + " ".join(f"{s['scores']['mean']['score']:.3f}" for s in r["seeds"]))
+    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
+    Path(a.out).write_text(json.dumps(out, indent=1))
+    print(f"\n{a.out}")
 
 
 # ---------------------------------------------------------------------------- the ablation
@@ -47,29 +135,8 @@ def ablation(a):
     commands = {}
     for row, m in models.items():
         keys = [f"model.{k}={json.dumps(v)}" for k, v in asdict(m).items() if v != getattr(UNetConfig(), k)]
-        commands[row] = [[sys.executable, "train.py", "--config", a.config, *a.overrides, f"out={base / row}", *keys],
-                         [sys.executable, "evaluate.py", "--ckpt", str(base / row / "final"), "--out", str(base / row), "--prompts", str(a.prompts), "--each", str(a.each)]]
-    done = lambda row: (base / row / "score.json").exists()
-    waiting, running, bar = [r for r in a.rows if not done(r)], {}, tqdm(total=len(a.rows), initial=sum(map(done, a.rows)), unit="row")
-    base.mkdir(parents=True, exist_ok=True)
-    while waiting or running:                               # the first row alone, until the cache of latents stands
-        while waiting and len(running) < a.jobs and (not running or (base / a.rows[0] / "log.csv").exists()):
-            row = waiting.pop(0)
-            out = open(base / f"{row}.txt", "a")
-            running[row] = [subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out]
-        for row, (process, out) in list(running.items()):
-            if process.poll() is None:
-                continue
-            if process.returncode or not commands[row]:
-                del running[row]
-                out.close()
-                if process.returncode:
-                    raise UserError(f"row {row} ended with status {process.returncode}: see {base / row}.txt; run the same command to go on")
-                bar.update()
-            else:
-                running[row][0] = subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        time.sleep(1)
-    bar.close()
+        commands[row] = train_and_score(a, "train.py", base / row, keys)
+    run_all(commands, base, a.jobs)
 
     device, _, _ = setup("auto")
     nets = {row: UNet(m).to(device).eval() for row, m in models.items()}
@@ -77,10 +144,9 @@ def ablation(a):
     out = {"config": a.config, "steps": cfg.steps, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, **provenance(cfg.seed), "rows": {}}
     print(f"\n{'row':6} {'M params':>8} {'GMACs':>7} {'ms a step':>9} {'512 px':>8} {'img/s':>6} {'loss':>7} {'score':>6}  95 %")
     for row, m in models.items():
-        log, score = read_log(base / row / "log.csv"), json.loads((base / row / "score.json").read_text())["scores"]
-        speeds = sorted(float(r["img/s"]) for r in log if r.get("img/s"))
         r = out["rows"][row] = {"params": count_params(nets[row]), "macs": count_macs(m, cfg.data.size // 8, 16), "macs_512": count_macs(m, 64, 16), "step_s": fast[row], "step_512_s": large[row],
-                                "img_s": speeds[len(speeds) // 2], "val": float(next(r["val"] for r in reversed(log) if r.get("val"))), "scores": score}
+                                **outcome(base / row)}
+        score = r["scores"]
         print(f"{row:6} {r['params'] / 1e6:8.2f} {r['macs'] / 1e9:7.3f} {1e3 * fast[row]:9.2f} {1e3 * large[row]:8.1f} {r['img_s']:6.0f} {r['val']:7.4f} {score['mean']['score']:6.3f}  "
               f"{score['mean']['low']:.3f} - {score['mean']['high']:.3f}")
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
@@ -91,17 +157,22 @@ def ablation(a):
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ablation", action="store_true", help="the paper's ladder at a small width")
-    p.add_argument("--config", default="configs/ablation.toml")
+    p.add_argument("--distillation", action="store_true", help="students with and without each part of distill.py")
+    p.add_argument("--config", default="", help="default: configs/ablation.toml, or configs/kd_nano.toml")
     p.add_argument("--rows", nargs="+", default=ROWS, choices=[r for r in LADDER])
+    p.add_argument("--kd-rows", nargs="+", default=list(KD_ROWS), choices=list(KD_ROWS), help="of --distillation; alone must be among them")
+    p.add_argument("--seeds", type=int, default=3, help="of --distillation")
     p.add_argument("--jobs", type=int, default=1, help="rows that train side by side, each a process")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=2, help="pictures a prompt")
-    p.add_argument("--out", default="docs/results/ablation.json")
+    p.add_argument("--out", default="", help="default: docs/results/ablation.json, or distillation.json")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     a = p.parse_intermixed_args(argv)
-    if not a.ablation:
+    if not a.ablation and not a.distillation:
         return p.print_help()
-    ablation(a)
+    name, config, run = ("ablation", "ablation", ablation) if a.ablation else ("distillation", "kd_nano", distillation)
+    a.config, a.out = a.config or f"configs/{config}.toml", a.out or f"docs/results/{name}.json"
+    run(a)
 
 
 if __name__ == "__main__":

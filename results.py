@@ -3,6 +3,7 @@ but what the paper reports.
 
     python evaluate.py --ckpt DIR --out docs/results/NAME [--steps N] [--cfg G] [--fd 5000]     one measurement: docs/results/NAME/score.json
     python bench.py --ablation                                                                 docs/results/ablation.json
+    python bench.py --distillation                                                             docs/results/distillation.json
     python decoder.py --test assets/ae docs/ae.png docs/results/ae.json
     python results.py                                                                          docs/RESULTS.md
 """
@@ -73,6 +74,18 @@ def write(folder: Path) -> str:
     out += ["## Few steps", table(["steps", "ours", "paper"], [[f"{name}: {r['steps']} steps, guidance {r['cfg']:g}", percent(r["scores"]["mean"]), FEW_STEPS.get(r["steps"], "")]
             for name, r in sorted(runs.items(), key=lambda x: -x[1]["steps"])]),
             "The paper's few-step rows come after adversarial distillation; ours do so where the name says it; `base` is the model before it, sampled by DPM-Solver++ 2M with guidance."]
+
+    if (folder / "distillation.json").exists():
+        d = json.loads((folder / "distillation.json").read_text())
+        mean = lambda seeds, pick: sum(map(pick, seeds)) / len(seeds)
+        score = lambda s: s["scores"]["mean"]["score"]
+        spread = lambda seeds, pick: f" ({min(map(pick, seeds)):.3f} - {max(map(pick, seeds)):.3f})" if len(seeds) > 1 else ""
+        out += ["## Distillation, part by part", table(["student", "steps", "pictures/s", "held-out loss", "score (lowest and highest seed)", *CATEGORIES],
+                [[row, r["steps"], f"{mean(r['seeds'], lambda s: s['img_s']):.0f}", f"{mean(r['seeds'], lambda s: s['val']):.4f}" + spread(r["seeds"], lambda s: s["val"]),
+                  f"**{mean(r['seeds'], score):.3f}**" + spread(r["seeds"], score), *[f"{mean(r['seeds'], lambda s: s['scores'][c]['score']):.2f}" for c in CATEGORIES]] for row, r in d["rows"].items()]
+                + [["the teacher", "", "", f"{d['teacher_val']:.4f}", percent(d["teacher"]["mean"]), *[f"{d['teacher'][c]['score']:.2f}" for c in CATEGORIES]]]),
+                f"`python train.py --config configs/teacher_nano.toml`, then `python bench.py --distillation`: {d['config']}, {d['nouns']} nouns at {d['size']} px, steps of {d['batch']} pictures; student {d['params'] / 1e6:.2f} M with its text encoder, "
+                f"teacher {d['teacher_params'] / 1e6:.2f} M; {len(d['rows']['alone']['seeds'])} seeds; {d['prompts']} prompts a category, {d['each']} pictures each, 28 steps, guidance 4. The last student learned alone for as long as the slowest ({d['slowest']}) took. {made(d)}."]
 
     distances = {name: r for name, r in runs.items() if "fd" in r}
     if distances:

@@ -1470,6 +1470,30 @@ def test_the_small_ladder_changes_what_the_papers_does():
     assert {r: m.widths for r, m in rows.items()} == {r: base.widths for r in rows} and rows["final"].depth_down == [1, 1, 2] and rows["a"].depth_down == [0, 1, 2]
 
 
+def test_the_rows_of_the_distillation_grid_differ_in_what_they_say():
+    seen = {}
+    for row, keys in bench.KD_ROWS.items():
+        cfg = common.read_config(distill.Config(), ["--config", str(ROOT / "configs/kd_nano.toml"), *keys])
+        parts = [cfg.kd, cfg.featkd, cfg.scaling == "timestep", cfg.alpha > 0]
+        assert parts[:2] == ["output" in row or "both" in row, "features" in row or "both" in row] and parts[3] == ("no data" not in row)
+        if row != "alone":
+            assert parts[2] == ("timestep" in row)
+        seen[row] = (cfg.kd, cfg.featkd, cfg.scaling, cfg.alpha)
+    assert len(set(seen.values())) == len(seen)
+
+
+def test_rows_go_on_where_they_stopped(tmp_path):
+    """A row with a score is done; one that fails is named, and its commands run again."""
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "score.json").write_text("{}")
+    python = lambda code: [sys.executable, "-c", code]
+    good = f"import pathlib; p = pathlib.Path({str(tmp_path)!r}) / 'b'; p.mkdir(exist_ok=True); (p / 'score.json').write_text('{{}}')"
+    with pytest.raises(UserError, match="row b ended with status 3"):
+        bench.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('first')"), python("raise SystemExit(3)")]}, tmp_path, 2)
+    bench.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('second')"), python(good)]}, tmp_path, 2)
+    assert (tmp_path / "b.txt").read_text().split() == ["first", "second"] and (tmp_path / "b" / "score.json").exists()
+
+
 def test_results_page_holds_what_was_measured(tmp_path):
     import json
     with pytest.raises(UserError, match="evaluate.py --ckpt"):
@@ -1482,7 +1506,12 @@ def test_results_page_holds_what_was_measured(tmp_path):
         (tmp_path / name / "score.json").write_text(json.dumps({**about, "steps": steps, "scores": {c: one(v) for c in (*data.CATEGORIES, "mean")}}))
     page = results.write(tmp_path)
     assert "0.712 (0.692 - 0.732)" in page and "0.234 (0.214 - 0.254)" in page and "commit abc1234, a machine" in page and "dog became cat (3)" in page and "| 0.66 | 81.1 |" in page
-    assert "Design choices" not in page and "Frechet" not in page                          # nothing that was not measured
+    assert "Design choices" not in page and "Frechet" not in page and "Distillation, part" not in page      # nothing that was not measured
+    seeds = lambda *v: [{"img_s": 100.0, "val": 1 - x, "scores": {c: one(x) for c in (*data.CATEGORIES, "mean")}} for x in v]
+    (tmp_path / "distillation.json").write_text(json.dumps({**about, "config": "configs/kd_nano.toml", "nouns": 12, "size": 64, "batch": 64, "each": 2, "slowest": "+ both", "params": 2e6, "teacher_params": 8e6,
+        "teacher": seeds(0.9)[0]["scores"], "teacher_val": 0.47, "rows": {"alone": {"steps": 600, "seeds": seeds(0.2, 0.4)}, "+ both": {"steps": 600, "seeds": seeds(0.5, 0.6)}}}))
+    page = results.write(tmp_path)
+    assert "| **0.300** (0.200 - 0.400) |" in page and "| **0.550** (0.500 - 0.600) |" in page and "| 0.4700 | 0.900 (0.880 - 0.920) |" in page and "2 seeds" in page
 
 
 # ---------------------------------------------------------------------------- the command line
