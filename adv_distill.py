@@ -46,7 +46,8 @@ class Config(distill.Config):
     method: str = "gan"             # gan, dmd or both
     K: int = 4                      # steps of the student, at sample.times(K, shift)
     shift: float = 0.0              # of those times; 0: the student's flow.shift
-    backward_simulation: bool = False   # x_t: G's own previous prediction, noised again, instead of noised data
+    sampler: str = "euler"          # of the student: euler, or renoise (predict x0, noise it afresh)
+    backward_simulation: bool = False   # x_t: where G itself gets by that sampler, instead of noised data
     generator_every: int = 2        # steps of D and of the fake score for one of G
     kd_weight: float = 1.0          # of S(L_task, L_kd)
     # gan
@@ -79,13 +80,13 @@ def predict(net, x, t, ids, mask):
 
 
 @torch.no_grad()
-def simulated(net, walk, k, shape, ids, mask, g):
-    """x at walk[k], k (B,), on the path that the sampler takes: from noise, predicting and noising again."""
+def simulated(net, walk, k, shape, ids, mask, g, sampler="renoise"):
+    """x at walk[k], k (B,), on the path that the sampler takes from noise."""
     x = torch.randn(shape, generator=g, device=walk.device)
     for i in range(int(k.max())):
-        on = (k > i).nonzero()[:, 0]                            # pictures that go on
-        x0 = predict(net, x[on], walk[i].expand(len(on)), ids[on], mask[on])
-        x = x.index_copy(0, on, noised(x0, walk[i + 1].expand(len(on)), g))
+        on, t, s = (k > i).nonzero()[:, 0], walk[i], walk[i + 1]     # pictures that go on
+        x0 = predict(net, x[on], t.expand(len(on)), ids[on], mask[on])
+        x = x.index_copy(0, on, noised(x0, s.expand(len(on)), g) if sampler == "renoise" else x0 + s / t * (x[on] - x0))
     return x
 
 
@@ -218,7 +219,7 @@ def exchange(module):
 def distil(cfg: Config):
     if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
-    for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init"))):
+    for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init")), ("sampler", ("euler", "renoise"))):
         if getattr(cfg, key) not in allowed:
             raise UserError(f"{key} '{getattr(cfg, key)}': use {', '.join(allowed)}")
     if cfg.featkd or cfg.accumulate != 1:
@@ -246,7 +247,7 @@ def distil(cfg: Config):
 
     ae, latents, held_out = load_data(cfg, device, rank, world)
     batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)
-    few = {"steps": cfg.K, "sampler": "renoise", "cfg": 1.0, "shift": cfg.shift}
+    few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
     walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)    # (K,), from 1 down
     ema, step, skipped = EMA(net, cfg.ema), 0, {name: 0 for name in parts}
     if (out / "latest").exists():
@@ -317,7 +318,7 @@ def distil(cfg: Config):
         t, turn = walk[k], (step + 1) % cfg.generator_every == 0
         draw = lambda flow: draw_times(flow, len(x0), g, device)
         with amp():                                             # closed before the next: autocast keeps weights that it has cast without gradients
-            x_t = simulated(net, walk, k, x0.shape, ids, mask, g) if cfg.backward_simulation else noised(x0, t, g)
+            x_t = simulated(net, walk, k, x0.shape, ids, mask, g, cfg.sampler) if cfg.backward_simulation else noised(x0, t, g)
         with amp(), torch.set_grad_enabled(turn):
             guess = predict(net, x_t, t, ids, mask)             # (B, C, H, W)
         made = guess.detach()

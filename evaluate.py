@@ -154,7 +154,7 @@ def versus(a):
 
 def figure(a):
     """Rows of prompts, columns of steps: the base student with its guidance above, the distilled one below; and the curve of the score.json files in their folders, such as
-    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves there (the best, where there are several for a number of steps)."""
+    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves there, and of those in docs/results that name them (the best, where there are several for a number of steps)."""
     columns, cells, words, lines, prompts = (1, 2, 4, 8, 28), [], [], [], []
     device, _, _ = setup(a.device)
     ae = load_autoencoder(a.ae, device)
@@ -165,7 +165,8 @@ def figure(a):
         cells += [pictures[i] for i in range(6) for pictures in drawn]
         words += [f"{n} steps, {'base' if not lines else 'distilled'}: {p}" for p in prompts for n in columns]
         scores, folder = {}, Path(path) if Path(path).is_dir() else ROOT / path
-        for r in (json.loads(p.read_text()) for p in folder.rglob("score.json")):
+        theirs = [r for r in (json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("*/score.json")) if r["ckpt"] == path]
+        for r in theirs + [json.loads(p.read_text()) for p in folder.rglob("score.json")]:
             scores[r["steps"]] = max(scores.get(r["steps"], 0.01), r["scores"]["mean"]["score"])
         lines.append(([(i, scores[n]) for i, n in enumerate(columns) if n in scores], colour))
         print(f"{path}: " + (", ".join(f"{n} steps {s:.3f}" for n, s in sorted(scores.items())) or f"no scores there: python evaluate.py --ckpt {path} --steps 4 --out {path}/steps4, and so on"))

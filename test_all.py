@@ -851,9 +851,13 @@ def test_noising_again_keeps_the_marginal():
             assert x.pow(power).mean().item() == pytest.approx(moment, abs=0.04 * (1 + moment))
         assert ((x - (1 - s) * made.flatten()) * (adv_distill.noised(x0, t, g) - 0.8 * x0).flatten()).mean().abs() < 0.01
     walk, k = torch.tensor([1.0, 0.75, 0.5, 0.25]), torch.arange(n) % 4
-    x = adv_distill.simulated(lambda x, t, ids, mask: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), k, k, g)[:, 0, 0, 0]       # it always predicts 3
-    for i, s in enumerate(walk.tolist()):
-        assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04) and x[k == i].std().item() == pytest.approx(s, abs=0.03)
+    for sampler in ("renoise", "euler"):
+        x = adv_distill.simulated(lambda x, t, ids, mask: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), k, k, g, sampler)[:, 0, 0, 0]       # it always predicts 3
+        for i, s in enumerate(walk.tolist()):
+            assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04) and x[k == i].std().item() == pytest.approx(s, abs=0.03)
+    velocity = lambda x, t, *_: (x * 2 + t[:, None, None, None] if torch.is_tensor(t) else x * 2 + t)                                          # and it is sample.euler's path, point by point
+    one = adv_distill.simulated(velocity, walk, torch.tensor([3]), (1, 1, 1, 1), k[:1], k[:1], torch.Generator().manual_seed(5), "euler")
+    torch.testing.assert_close(one, sample.euler(velocity, torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(5)), walk.tolist()))
 
 
 @pytest.mark.parametrize("kind", ["paper", "nonsaturating", "hinge"])
