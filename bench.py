@@ -8,7 +8,7 @@ again, it goes on where it stopped), scores it by evaluate.py, and times one den
 The distillation grid trains configs/kd_nano.toml in each of KD_ROWS and with each seed, all from the same teacher, which must be trained before; then the
 student alone again, for as many more steps as fit into the time that the slowest row took.
 """
-import argparse, json, subprocess, sys, time
+import argparse, json, re, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -30,8 +30,8 @@ KD_ROWS = {  # of distill.Config
     "+ output, timestep-aware": ["featkd=false"],
     "+ features, timestep-aware": ["kd=false"],
     "+ both, timestep-aware": [],
-    "+ both, constant": ["scaling=constant"],
-    "output alone (no data)": ["featkd=false", "scaling=constant", "alpha=0.0"],
+    "+ both, no data": ["scaling=constant", "alpha=0.0"],
+    "+ output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
 }
 
 
@@ -82,7 +82,7 @@ def distillation(a):
     cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides])
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + a.seeds)
     teacher = distill.find_teacher(cfg.teacher)[1]
-    place = lambda row, seed: "".join(c if c.isalnum() else "_" for c in row) + f"_{seed}"
+    place = lambda row, seed: re.sub(r"\W+", "_", row).strip("_") + f"_{seed}"
     jobs = lambda row, keys: {place(row, seed): train_and_score(a, "distill.py", base / place(row, seed), [*keys, f"seed={seed}"]) for seed in seeds}
     rows = {row: KD_ROWS[row] for row in KD_ROWS if row in a.kd_rows}
     per_seed = [jobs(row, keys) for row, keys in rows.items()]

@@ -1482,7 +1482,7 @@ def test_the_rows_of_the_distillation_grid_differ_in_what_they_say():
         assert parts[:2] == ["output" in row or "both" in row, "features" in row or "both" in row] and parts[3] == ("no data" not in row)
         if row != "alone":
             assert parts[2] == ("timestep" in row)
-        seen[row] = (cfg.kd, cfg.featkd, cfg.scaling, cfg.alpha)
+        seen[row] = (cfg.kd, cfg.featkd, cfg.scaling, cfg.alpha, cfg.ratio)
     assert len(set(seen.values())) == len(seen)
 
 
