@@ -441,14 +441,11 @@ def whose_turn(sizes: tuple[tuple[str, int], ...], k: int, batch: int, seed: int
     epoch = k * batch // sum(n for _, n in sizes)               # or later: the floors delay
     while until(epoch + 1) <= k:
         epoch += 1
-    turn = int(shuffled(until(epoch + 1) - until(epoch), seed, epoch)[k - until(epoch)])
-    for bucket, n in sizes:                                     # the turns of an epoch, counted bucket after bucket
-        first, end = epoch * n // batch, (epoch + 1) * n // batch
-        if turn < end - first:
-            break
-        turn -= end - first
-    places = range((first + turn) * batch, (first + turn + 1) * batch)
-    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in places]
+    turns = np.repeat(np.arange(len(sizes)), [(epoch + 1) * n // batch - epoch * n // batch for _, n in sizes])
+    turns, turn = turns[shuffled(len(turns), seed, epoch)], k - until(epoch)
+    bucket, n = sizes[turns[turn]]
+    j = epoch * n // batch + int((turns[:turn] == turns[turn]).sum())
+    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in range(j * batch, (j + 1) * batch)]
 
 
 # ---------------------------------------------------------------------------- a folder to try it with
