@@ -260,7 +260,7 @@ def make_cache(cfg):
     encode = None
     if cfg.text.kind != "own" and (mine or (rank == 0 and not (root / "empty.safetensors").exists())):
         import text
-        encode = text.load_encoders(cfg.text)
+        encode = text.load_encoders(cfg.text, device)
         if rank == 0:
             write(root / "empty.safetensors", lambda p: save_file(text_tensors(encode, [""]), p))
     todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
@@ -419,11 +419,12 @@ class Pictures:
         return [self.take(b, [row for bucket, row in chosen if bucket == b]) for b in dict.fromkeys(b for b, _ in chosen)]
 
     def batch(self, k: int, rank: int, world: int) -> tuple[torch.Tensor, ...]:
-        """Batch number k of a process: a function of (seed, k, rank, world) alone."""
-        cfg = self.cfg
-        bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k, cfg.batch * world, cfg.seed)
-        rng = random.Random(f"{cfg.seed}/{k}/{rank}")
-        rows = [self.rows[bucket][i] for i in places[rank * cfg.batch:(rank + 1) * cfg.batch]]
+        """Micro-batch number k of a process: a function of the seed and of its number in the whole run. An optimiser step, of all processes and accumulated, has one bucket."""
+        cfg, k = self.cfg, k * world + rank
+        group = self.cfg.accumulate * max(world, dist.get_world_size() if dist.is_initialized() else 1)    # micro-batches a step
+        bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k // group, cfg.batch * group, cfg.seed)
+        rng, first = random.Random(f"{cfg.seed}/{k}"), k % group * cfg.batch
+        rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
         return self.take(bucket, rows, [rng.random() < cfg.drop_caption for _ in rows])
 
 

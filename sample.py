@@ -151,7 +151,7 @@ class TextToLatents(nn.Module):
         if self.text is None:
             if not self.frozen:
                 from text import load_encoders
-                self.frozen.append(load_encoders(self.text_cfg))
+                self.frozen.append(load_encoders(self.text_cfg, self.device))
             emb, mask, pooled = self.frozen[0](captions)
             pooled = pooled.to(self.device).float() if pooled is not None and hasattr(self, "mmdit") else None      # a UNet reads none
             return Text(emb.to(self.device).float(), mask.to(self.device), pooled)

@@ -745,6 +745,8 @@ def test_a_batch_has_one_shape_on_all_ranks_and_no_picture_twice(shared, own):
         assert a[0].shape in shapes or not any(torch.equal(x, y) for x in a[0] for y in b[0])      # later batches may reach into the bucket's next epoch
         assert all(torch.equal(x, y) for x, y in zip(a, every.batch(k, 0, 2)))
         shapes.add(a[0].shape)
+        alone = pictures.open_cache(own_config(shared, own, "unused", drop_caption=0.0, batch=2, accumulate=2))[0] if k == 0 else alone
+        assert all(torch.equal(x, y) for x, y in zip(b, alone.batch(2 * k + 1, 0, 1)))             # two processes, or two accumulated batches: the same step
     assert len(shapes) > 1
     _, ids, _ = pictures.open_cache(own_config(shared, own, "unused", drop_caption=1.0))[0].batch(0, 0, 1)
     assert ids.shape == (4, 1)                              # the empty caption
@@ -846,7 +848,7 @@ train.train(t.own_config(pathlib.Path({str(shared)!r}), {str(own)!r}, {str(tmp_p
     assert [r["step"] for r in common.read_log(tmp_path / "a" / "log.csv")] == [r["step"] for r in common.read_log(own_run / "log.csv")]
 
 
-def frozen_encoder(cfg):
+def frozen_encoder(cfg, device="cpu"):
     """A tiny CLIP at random weights in the place of text.load_encoders."""
     from transformers import CLIPTextConfig, CLIPTextModel
     torch.manual_seed(3)
@@ -867,7 +869,7 @@ def frozen_encoder(cfg):
 def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_sample(shared, own, tmp_path, monkeypatch, arch):
     cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind="clip", data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
     loaded = []
-    monkeypatch.setattr(text, "load_encoders", lambda c: loaded.append(c.kind) or frozen_encoder(c), raising=False)
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or frozen_encoder(c), raising=False)
     pictures.make_cache(cfg)
     assert loaded == ["clip"]
     every, held = pictures.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
@@ -881,11 +883,11 @@ def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_samp
     captions = [held.captions()[0], ""]
     assert torch.allclose(held.encode(captions).emb[1][:2], frozen_encoder(cfg.text)(captions).emb[1][:2], atol=4e-3) or len(text.tokenize([""])[0][0]) < 2
 
-    monkeypatch.setattr(text, "load_encoders", lambda c: pytest.fail("training loaded an encoder"))
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: pytest.fail("training loaded an encoder"))
     train.train(cfg)
     state = weights(tmp_path / "run")["model"]
     assert not any(k.startswith("text.") for k in state) and all(torch.isfinite(v).all() for v in state.values())
-    monkeypatch.setattr(text, "load_encoders", lambda c: loaded.append(c.width) or frozen_encoder(c))
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.width) or frozen_encoder(c))
     net, _ = sample.load_model(tmp_path / "run")
     with torch.no_grad():
         for p in net.denoiser.parameters():                 # off the zeros of the start
