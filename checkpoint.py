@@ -33,6 +33,8 @@ def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool =
     path = Path(path)
     tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     try:
+        if old.exists() and not path.exists():
+            old.rename(path)                                # the last save was killed between its two renames
         for p in (tmp, old):
             shutil.rmtree(p, ignore_errors=True)
         tmp.mkdir(parents=True)
@@ -80,6 +82,8 @@ def resolve(path) -> Path:
     pointer = path / "latest"
     if pointer.is_file():
         path = path / pointer.read_text().strip()
+        if not path.exists() and (old := path.with_name(path.name + ".old")).exists():
+            path = old                                      # killed between the two renames of a save
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and model.safetensors")
     return path

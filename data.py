@@ -1,8 +1,10 @@
-"""Pictures with captions. So far: scenes, our "Shakespeare", drawn on the fly from an atlas of 80 emoji sprites.
+"""Pictures with captions: scenes, our "Shakespeare", drawn on the fly from an atlas of 80 emoji sprites. Your own pictures are read by pictures.py.
 
     python data.py --build-atlas DIR    packs the sprites (once; DIR is an unpacked `npm pack @lobehub/fluent-emoji-3d@1.1.0`, MIT)
     python data.py --show out.png       a grid of scenes with their captions
     python data.py --speed              renders/s on one core
+    python data.py --cache --config C   your own pictures into a cache for train.py
+    python data.py --export DIR 200     a folder of pictures and captions to try that with
 
 A scene is drawn from the index alone, so an epoch is endless, any worker can draw any picture, and every machine draws the same.
 Six categories as in GenEval: single, two, counting, colors, position, attribution; "mixed" combines them all.
@@ -317,8 +319,15 @@ class DataConfig:
     pictures: int = 20000       # drawn once and kept as latents; their captions are worded anew each time
     seed: int = 0
     atlas: str = ""             # folder of your own sprites, transparent PNG / WebP named by noun
-    workers: int = 2            # processes that render
-    cache: str = "runs/cache"
+    workers: int = 2            # processes that render, or read pictures
+    cache: str = "runs/cache"   # directory
+    # your own pictures (pictures.py): size is then the side of the square whose area all have
+    folder: str = ""            # of pictures with captions, or of tars; empty: scenes
+    bucket_step: int = 64       # heights and widths are multiples of it
+    max_ratio: float = 2.0      # of the longest bucket's sides; longer pictures are cropped to it
+    max_upscale: float = 1.0    # pictures that would have to be enlarged more are skipped
+    held_out: float = 0.02      # share of the pictures, by a hash of their names, for validation and sample grids
+    shard: int = 256            # pictures a file of the cache
 
 
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
@@ -337,17 +346,23 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
     if not path.exists():
         scenes, device = scenes_of(cfg, split), next(ae.parameters()).device
         loader = torch.utils.data.DataLoader(Pictures(scenes, n), 64, num_workers=cfg.workers)
-        ae = ae.to(memory_format=torch.channels_last)       # with bfloat16, where the machine has it, 3.5 times faster than without both
         parts = []
         for pictures in tqdm(loader, f"render and encode {n} {split} scenes", unit="batch"):
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16("auto", device)):
-                parts.append(ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu())
+            parts.append(encode_pictures(ae, pictures, device))
         latents = torch.cat(parts)                          # (n, 16, size/8, size/8)
         path.parent.mkdir(parents=True, exist_ok=True)
         tmp = path.with_suffix(f".tmp{os.getpid()}")
         save_file({"latents": latents}, tmp)
         tmp.rename(path)
     return load_file(path)["latents"]
+
+
+def encode_pictures(ae, pictures, device):
+    """uint8 (B, H, W, 3) -> latents (B, C, H/8, W/8) in fp16 on the CPU."""
+    import torch
+    ae = ae.to(memory_format=torch.channels_last)           # with bfloat16, where the machine has it, 3.5 times faster than without both
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16("auto", device)):
+        return ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu()
 
 
 class Pictures:
@@ -413,6 +428,17 @@ def main(argv):
                 for i in range(2000):
                     scenes[i]
                 print(f"{size} px: {2000 / (time.time() - begin):.0f} scenes/s on one core")
+        case ["--export", folder, n] if n.isdigit():
+            from pictures import export
+            export(folder, int(n))
+        case ["--cache", *args]:
+            from common import pick_device, read_config, start_others
+            from pictures import make_cache
+            from train import Config
+            cfg = read_config(Config(), args, "configs/folder.toml")
+            if cfg.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(cfg.device).type == "cpu":
+                start_others(cfg.processes)
+            make_cache(cfg)
         case _:
             print(__doc__)
 

@@ -202,7 +202,7 @@ class Distill(nn.Module):
         taps = (cfg.student_tap,) if cfg.featkd else ()
 
         def student(x, t):
-            v = self.net(x, t, ids, mask, taps)
+            v = self.net(x, t, ids, mask, features=taps)
             v, features = v if taps else (v, {})
             seen.update(x=x, v=v, **features)
             return v

@@ -23,7 +23,7 @@ from data import grid
 from decoder import load_autoencoder
 from mmdit import MMDiT, MMDiTConfig
 from model import UNet, UNetConfig
-from text import Text, TextConfig, TextEncoder, encoding, tokenize
+from text import Text, TextConfig, TextEncoder, encoding, join, tokenize
 
 
 # ---------------------------------------------------------------------------- samplers
@@ -93,15 +93,14 @@ def settings(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
 def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
     """velocity(x, t) with classifier-free guidance, both halves in one batch: v = v_empty + cfg (v_text - v_empty).
     Outside the interval of t, or at cfg = 1, the text alone at half the cost (Kynkäänniemi et al. 2024)."""
-    L = max(text.emb.shape[1], empty.emb.shape[1])
-    pad = lambda x: nn.functional.pad(x, (0, 0) * (x.ndim - 2) + (0, L - x.shape[1]))
-    both = Text(torch.cat([pad(text.emb), pad(empty.emb)]), torch.cat([pad(text.mask), pad(empty.mask)]))
+    both = join([text, empty])
+    pooled = lambda text: {} if text.pooled is None else {"pooled": text.pooled}
 
     def velocity(x, t):
         time = lambda n: torch.full((n,), t, device=x.device)
         if cfg == 1 or not interval[0] <= t <= interval[1]:
-            return net(x, time(len(x)), text.emb, text.mask)
-        v, v_empty = net(torch.cat([x, x]), time(2 * len(x)), both.emb, both.mask).chunk(2)   # (B, C, H, W) each
+            return net(x, time(len(x)), text.emb, text.mask, **pooled(text))
+        v, v_empty = net(torch.cat([x, x]), time(2 * len(x)), both.emb, both.mask, **pooled(both)).chunk(2)   # (B, C, H, W) each
         return v_empty + cfg * (v - v_empty)
     return velocity
 
@@ -124,27 +123,38 @@ def build(cfg: UNetConfig | MMDiTConfig) -> UNet | MMDiT:
 
 
 class TextToLatents(nn.Module):
+    """The denoiser and our text encoder; or, of another text.kind, the denoiser alone, which is given the states of frozen encoders."""
+
     def __init__(self, cfg: UNetConfig | MMDiTConfig, text: TextConfig):
         super().__init__()
-        if bad := [k for k in ("context_dim", "pooled_dim") if getattr(cfg, k, text.width) != text.width]:
+        if bad := [k for k in ("context_dim", "pooled_dim")[:2 if text.kind == "own" else 1] if getattr(cfg, k, text.width) != text.width]:
             raise UserError(f"{bad[0]}={getattr(cfg, bad[0])} of the {'MMDiT' if isinstance(cfg, MMDiTConfig) else 'UNet'} must equal text.width={text.width}")
-        self.text = TextEncoder(text)
+        self.text = TextEncoder(text) if text.kind == "own" else None
+        self.text_cfg, self.frozen = text, []                # what encodes instead, once it is needed; in a list, so that it is no part of the module
         self.add_module("mmdit" if isinstance(cfg, MMDiTConfig) else "unet", build(cfg))
 
     @property
     def denoiser(self) -> UNet | MMDiT:
         return self.mmdit if hasattr(self, "mmdit") else self.unet
 
-    def forward(self, x, t, ids, mask, features=()):
-        """Latents (B, C, H, W), times (B,), tokens (B, L) and their mask -> velocity (B, C, H, W), and the denoiser's features where some are named."""
-        text = self.text(ids, mask)
-        return self.denoiser(x, t, text.emb, text.mask, features=features)
+    def forward(self, x, t, ids, mask, pooled=None, features=()):
+        """Latents (B, C, H, W), times (B,), tokens (B, L) (of frozen encoders: states (B, L, D), pooled (B, P)) and their mask -> velocity (B, C, H, W), and the
+        denoiser's features where some are named."""
+        text = self.text(ids, mask) if self.text else Text(ids, mask, pooled)
+        return self.denoiser(x, t, text.emb, text.mask, features=features, **({} if text.pooled is None else {"pooled": text.pooled}))
 
     @property
     def device(self):
-        return self.text.token.weight.device
+        return next(self.parameters()).device
 
     def encode(self, captions: list[str]) -> Text:
+        if self.text is None:
+            if not self.frozen:
+                from text import load_encoders
+                self.frozen.append(load_encoders(self.text_cfg, self.device))
+            emb, mask, pooled = self.frozen[0](captions)
+            pooled = pooled.to(self.device).float() if pooled is not None and hasattr(self, "mmdit") else None      # a UNet reads none
+            return Text(emb.to(self.device).float(), mask.to(self.device), pooled)
         ids, mask = tokenize(captions, self.text.cfg.max_tokens)
         return self.text(ids.to(self.device), mask.to(self.device))
 
@@ -223,7 +233,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     for i in range(0, len(captions), batch):
         text, empty = net.encode(captions[i:i + batch]), net.encode([""])
         n = len(text.emb)
-        empty = Text(empty.emb.expand(n, -1, -1), empty.mask.expand(n, -1))
+        empty = Text(*(x if x is None else x.expand(n, *x.shape[1:]) for x in empty))
         noise = lambda k=-1: latents_noise([s + ((k + 1) << 40) for s in seeds[i:i + batch]], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)
         fresh = {"noise": noise} if sampler == "renoise" else {}                                     # from the picture's own seed, too
         latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise(), walk, **fresh)   # (B, 16, H/8, W/8)
@@ -270,7 +280,8 @@ def main(argv):
         raise UserError(f"--size {a.size}: one or two multiples of 32 pixels, such as 64 or 64 96")
     if (largest := 8 * net.denoiser.cfg.patch * net.denoiser.cfg.position_max if config.get("arch") == "mmdit" else 10**9) < (size if isinstance(size, int) else max(size)):
         raise UserError(f"--size {a.size}: this MMDiT's position table ends at {largest} pixels")
-    tokenize(a.prompts, config["text"]["max_tokens"])       # complain before the work begins
+    if config["text"].get("kind", "own") == "own":
+        tokenize(a.prompts, config["text"]["max_tokens"])   # complain before the work begins
     ae = net if a.coreml else load_autoencoder(a.ae, device)
     captions = [c for c in a.prompts for _ in range(a.n)]
     begin, how = time.time(), settings(config, a.steps, a.cfg, a.sampler, a.shift)

@@ -1,13 +1,15 @@
 """The specification, runnable: `pytest test_all.py`. Under 5 minutes on 2 cores."""
-import json, os, random, shutil, signal, subprocess, sys, time
+import contextlib, io, json, os, random, shutil, signal, subprocess, sys, tarfile, time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
-import adv_distill, ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, results, sample, text, train
+import adv_distill, ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, pictures, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -591,6 +593,307 @@ def test_dropped_captions_become_the_empty_one(shared):
     assert ids.shape == (8, 1) and mask.all()
     a, b = (train.Batches(train_config(shared, "unused", drop_caption=0.0), latents, torch.device("cpu"), r, 2)(0)[1] for r in (0, 1))
     assert a.shape != b.shape or not torch.equal(a, b)  # ranks see different captions
+
+
+# ---------------------------------------------------------------------------- pictures.py: your own pictures
+def encoded(image, format="PNG", **kw):
+    file = io.BytesIO()
+    image.save(file, format, **kw)
+    return file.getvalue()
+
+
+def test_every_odd_kind_of_picture_is_read_as_it_looks():
+    from PIL import Image
+    cfg, exif = data.DataConfig(size=64, bucket_step=16), Image.Exif()
+    exif[0x0112] = 6
+    both = Image.new("RGB", (160, 96), (200, 30, 30))               # blue on the left, red on the right
+    both.paste((30, 30, 200), (0, 0, 80, 96))
+    see = lambda *a, **kw: pictures.to_bucket(encoded(*a, **kw), cfg).astype(int)
+    plain = see(both)
+    assert plain.shape == (48, 80, 3) and (plain[:, :36] == (30, 30, 200)).all() and (plain[:, 44:] == (200, 30, 30)).all()
+    for name, picture in {"EXIF": see(both.rotate(90, expand=True), "JPEG", exif=exif, quality=95), "CMYK": see(both.convert("CMYK"), "JPEG", quality=95), "palette": see(both.quantize(4)),
+                          "WebP": see(both, "WEBP", quality=95), "large JPEG": see(both.resize((1600, 960), 0), "JPEG", quality=95), "PNG in PNM": see(both, "PPM")}.items():
+        assert picture.shape == plain.shape and np.abs(picture - plain)[:, np.r_[:36, 44:80]].mean() < 4, name
+    clear = both.convert("RGBA")
+    clear.paste((0, 0, 0, 0), (80, 0, 160, 96))
+    indexed = both.quantize(2)
+    for name, picture in {"alpha": see(clear), "grey and alpha": see(clear.convert("LA")), "transparent palette": see(indexed, transparency=indexed.getpixel((159, 0))),
+                          "transparent colour": see(both, transparency=(200, 30, 30))}.items():
+        assert (picture[:, 44:] == 255).all() and picture[:, :36].mean() < 200, name
+    grey = np.zeros((96, 160), np.uint16)
+    grey[:, 80:] = 257 * 100
+    assert (see(Image.fromarray(grey))[:, 44:] == 100).all()        # 16 bits
+    assert (see(both.convert("L").point(lambda v: 255 * (v > 60), "1"))[:, 44:] == 255).all()
+
+
+@pytest.mark.parametrize("spoil, why", [(lambda b: b[: len(b) // 2], "broken: "), (lambda b: b"", "broken: an empty file"), (lambda b: b"<html>404</html>", "broken: not a picture"),
+                                        (lambda b: encoded(pil_of(b).resize((40, 30))), "too small: 40x30 for 80x48")])
+def test_what_cannot_be_used_says_why(spoil, why):
+    cfg, good = data.DataConfig(size=64, bucket_step=16), encoded(pil_of(data.Scenes(96)[0][0]), "JPEG")
+    assert pictures.to_bucket(good, cfg).shape == (64, 64, 3)
+    with pytest.raises(pictures.Unusable, match=why):
+        pictures.to_bucket(spoil(good), cfg)
+    if "small" in why:
+        assert pictures.to_bucket(spoil(good), replace(cfg, max_upscale=2.0)).shape == (48, 80, 3)
+
+
+def pil_of(x):
+    from PIL import Image
+    return Image.open(io.BytesIO(x)) if isinstance(x, bytes) else Image.fromarray(x)
+
+
+def test_captions_are_found_in_every_layout(tmp_path):
+    picture = encoded(pil_of(data.Scenes(64)[0][0]))
+    for name in ("a.png", "b.PNG", "sub/c.png", "d.png", "e.png", "._a.png", "f.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(picture)
+    (tmp_path / "a.txt").write_text("\ufefffrom  a\ntxt\n", encoding="utf-8")
+    (tmp_path / "captions.jsonl").write_text('{"file": "b.PNG", "caption": "from captions"}\n\n{"file": "gone.png", "caption": "x"}\nnot json\n{"file": "d.png"}\n')
+    (tmp_path / "sub" / "metadata.jsonl").write_text('{"file_name": "c.png", "text": "from metadata"}\n')
+    (tmp_path / "e.json").write_text('{"caption": "from json", "url": "y"}')
+    (tmp_path / "g.tiff").write_bytes(picture)
+    found = {}
+    for item, (_, words, _) in zip(items := pictures.find_pictures(tmp_path), pictures.Prepared(items, data.DataConfig(size=64))):
+        found[item.name] = words
+    assert {k: v for k, v in found.items() if v.startswith("from")} == {"a.png": "from a txt", "b.PNG": "from captions", "sub/c.png": "from metadata", "e.png": "from json"}
+    assert {k: v.split(":")[0] for k, v in found.items() if not v.startswith("from")} == {
+        "gone.png": "no picture", "captions.jsonl:4": "no caption", "captions.jsonl:5": "no caption", "d.png": "no caption", "f.png": "no caption", "g.tiff": "another format"}
+
+
+@pytest.mark.parametrize("size, step", [(1024, 64), (512, 64), (256, 32), (64, 16)])
+def test_buckets_are_multiples_of_about_the_area(size, step):
+    table = pictures.buckets(size, step, 2.0)
+    assert (size, size) in table and len(table) > 2 and {(w, h) for h, w in table} == set(table)
+    assert all(h % step == w % step == 0 and max(h, w) <= 2 * min(h, w) and abs(h * w / size**2 - 1) <= step / size / 2 for h, w in table)
+    cfg = data.DataConfig(size=size, bucket_step=step)
+    for h, w in ((300, 200), (100, 1000), (77, 78), (480, 640)):
+        b = pictures.bucket_of(h, w, cfg)
+        assert b in table and pictures.bucket_of(3 * h, 3 * w, cfg) == b and pictures.bucket_of(w, h, cfg) == b[::-1]
+        assert abs(np.log(b[0] / b[1] * w / h)) <= min(abs(np.log(c[0] / c[1] * w / h)) for c in table) + 1e-9
+
+
+def test_one_bucket_a_batch_and_every_picture_once_an_epoch():
+    sizes, seen, buckets_ = (("48x80", 21), ("64x64", 50), ("80x48", 3)), Counter(), []
+    for k in range(74):                                     # 8 epochs of 74 pictures are 74 batches of 8
+        bucket, places = pictures.whose_turn(sizes, k, 8, 0)
+        seen.update((bucket, p) for p in places)
+        buckets_.append(bucket)
+        mine = [seen[bucket, p] for p in range(dict(sizes)[bucket])]
+        assert len(places) == 8 and max(mine) - min(mine) <= 1      # none again before all were
+    assert seen == {(b, p): 8 for b, n in sizes for p in range(n)} and buckets_[:9] != sorted(buckets_[:9])
+    epochs = [[pictures.whose_turn((("64x64", 16),), k, 8, seed)[1] for k in ks] for seed, ks in ((0, (0, 1)), (0, (2, 3)), (1, (0, 1)))]
+    assert len({str(e) for e in epochs}) == 3 and all(sorted(sum(e, [])) == list(range(16)) for e in epochs)
+
+
+def own_config(shared, folder, out, **kw):
+    """Buckets of 48x80, 64x64 and 80x48; a network of two stages."""
+    small = model.UNetConfig(widths=[32, 64], context_dim=32, depth_down=[0, 1], depth_mid=1, depth_up=[1, 0], self_attn=[False, True], head_dim=32, time_dim=32)
+    return train_config(shared, out, **{**dict(model=small, data__folder=str(folder), data__cache=f"{folder}_cache", data__bucket_step=16, data__shard=8, data__held_out=0.2, ae=str(common.ASSETS / "ae"), batch=4), **kw})
+
+
+@pytest.fixture(scope="module")
+def own(shared, tmp_path_factory):
+    """What --export makes, and its cache."""
+    folder = tmp_path_factory.mktemp("own") / "pictures"
+    pictures.export(folder, 40)
+    pictures.make_cache(own_config(shared, folder, "unused"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_run(shared, own, tmp_path_factory):
+    """An uninterrupted run on it."""
+    out = tmp_path_factory.mktemp("own_run") / "a"
+    train.train(own_config(shared, own, out, steps=16, eval_every=8, lr=4e-3))
+    return out
+
+
+def cached(cfg):
+    """Every picture of a cache: {name: (bucket, caption, latents)}."""
+    out = {}
+    for k, about in enumerate(pictures.read_shards(Path(cfg.data.cache), len(list(Path(cfg.data.cache).glob("0*.safetensors"))))):
+        tensors = safetensors.torch.load_file(Path(cfg.data.cache) / f"{k:06d}.safetensors")
+        out |= {Path(name).name: (key, caption, tensors[key][row].numpy().tobytes()) for key, members in about["buckets"].items() for row, (name, caption) in enumerate(members)}
+    return out
+
+
+def test_the_cache_holds_the_whole_ones_and_names_the_others(shared, own, capsys):
+    cfg = own_config(shared, own, "unused")
+    pictures.make_cache(cfg)                                # again: nothing to do, the same summary
+    said = capsys.readouterr().out
+    assert "30 pictures, 10 skipped (5 broken, 3 no caption, 2 too small), listed in" in said
+    skipped = dict(line.split("\t") for line in (Path(cfg.data.cache) / "skipped.txt").read_text().splitlines())
+    every, held = pictures.open_cache(cfg)
+    names = cached(cfg)
+    assert len(names) == 30 and not names.keys() & skipped.keys() and names.keys() | skipped.keys() == {p.name for p in own.glob("*.jpg")}
+    assert len(every) + len(held) == 30 and 0 < len(held) < 15 and not set(every.captions()) & set(held.captions())
+    assert len({b for b, *_ in names.values()}) == 3
+    ae = decoder.load_autoencoder(cfg.ae)
+    for name, (bucket, caption, latents) in list(names.items())[:3]:
+        picture = pictures.to_bucket((own / name).read_bytes(), cfg.data)
+        z = ae.encode(data.to_tensor(picture[None]))[0]     # in fp32; the cache may have used bfloat16
+        assert bucket == "%dx%d" % picture.shape[:2] and caption == (own / name).with_suffix(".txt").read_text().strip()
+        assert (torch.frombuffer(bytearray(latents), dtype=torch.float16).view_as(z) - z).abs().mean() < 0.02 * z.std()
+
+
+def test_a_batch_has_one_shape_on_all_ranks_and_no_picture_twice(shared, own):
+    cfg = own_config(shared, own, "unused", drop_caption=0.0, batch=2)
+    every, shapes = pictures.open_cache(cfg)[0], set()
+    for k in range(12):
+        a, b = (every.batch(k, rank, 2) for rank in (0, 1))
+        assert a[0].shape == b[0].shape and a[0].dtype == torch.float32
+        assert a[0].shape in shapes or not any(torch.equal(x, y) for x in a[0] for y in b[0])      # later batches may reach into the bucket's next epoch
+        assert all(torch.equal(x, y) for x, y in zip(a, every.batch(k, 0, 2)))
+        shapes.add(a[0].shape)
+        alone = pictures.open_cache(own_config(shared, own, "unused", drop_caption=0.0, batch=2, accumulate=2))[0] if k == 0 else alone
+        assert all(torch.equal(x, y) for x, y in zip(b, alone.batch(2 * k + 1, 0, 1)))             # two processes, or two accumulated batches: the same step
+    assert len(shapes) > 1
+    _, ids, _ = pictures.open_cache(own_config(shared, own, "unused", drop_caption=1.0))[0].batch(0, 0, 1)
+    assert ids.shape == (4, 1)                              # the empty caption
+
+
+def test_tars_are_read_as_the_folder_is(shared, own, tmp_path):
+    with tarfile.open(tmp_path / "own.tar", "w") as tar:
+        for file in sorted(own.iterdir()):
+            tar.add(file, file.name)
+    cfg = own_config(shared, tmp_path / "own.tar", "unused", data__cache=str(tmp_path / "cache"))
+    pictures.make_cache(cfg)
+    assert cached(cfg) == cached(own_config(shared, own, "unused"))
+    whole = (tmp_path / "own.tar").read_bytes()
+    (tmp_path / "own.tar").write_bytes(whole[: len(whole) // 2 + 100])
+    items = pictures.find_pictures(tmp_path / "own.tar")
+    assert 10 < len(items) < 40 and items[-1].reason.startswith("broken: the tar")
+    with pytest.raises(UserError, match="other pictures than"):
+        pictures.make_cache(cfg)
+
+
+def killed(tmp_path, body: str):
+    """Runs Python lines in a process of its own, which they kill with -9."""
+    p = run("-c", f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, test_all as t, checkpoint, pictures, train\n"
+                  f"die, n = lambda: os.kill(os.getpid(), signal.SIGKILL), []\n{body}")
+    assert p.returncode == -signal.SIGKILL, p.stderr
+    return p.stdout
+
+
+def test_a_killed_cache_goes_on_and_is_the_same_byte_for_byte(shared, own, tmp_path, capsys):
+    cfg = own_config(shared, own, "unused", data__cache=str(tmp_path / "cache"))
+    killed(tmp_path, f"""
+def sync(path):
+    n.append(path)
+    if len(n) == 7:                                         # two a file: cache.json, two shards, and within the third
+        os.truncate(path, 1000), die()
+pictures.sync = sync
+pictures.make_cache(t.own_config(pathlib.Path({str(shared)!r}), {str(own)!r}, "unused", data__cache={cfg.data.cache!r}))""")
+    cache = Path(cfg.data.cache)
+    assert sorted(p.name for p in cache.iterdir()) == ["000000.safetensors", "000001.safetensors", "000002.safetensors.tmp", "cache.json"]
+    with pytest.raises(UserError, match="not whole yet"):
+        pictures.open_cache(cfg)
+    before = (cache / "000000.safetensors").stat().st_mtime_ns
+    pictures.make_cache(cfg)
+    assert "2 of 5 shards are there already" in capsys.readouterr().out and (cache / "000000.safetensors").stat().st_mtime_ns == before
+    a, b = ({p.name: p.read_bytes() for p in Path(c).iterdir()} for c in (cache, f"{own}_cache"))
+    assert a == b
+
+
+def test_a_cache_that_does_not_fit_is_named(shared, own, tmp_path):
+    ae = decoder.load_autoencoder(str(shared / "ae"))
+    for words, change in (("was made with size=64, the config says 128", dict(data__size=128)), ("not there: run `python data.py --cache`", dict(data__cache=str(tmp_path / "none"))),
+                          ("made with text=own", dict(text__kind="clip"))):
+        with pytest.raises(UserError, match=words):
+            pictures.open_cache(own_config(shared, own, "unused", **change), ae)
+    for words, change in (("bucket_step=8", dict(data__bucket_step=8)), ("no folder of pictures", dict(data__folder=str(tmp_path / "none"))), ("no pictures in", dict(data__folder=str(tmp_path)))):
+        with pytest.raises(UserError, match=words):
+            pictures.make_cache(own_config(shared, own, "unused", **{**dict(data__cache=str(tmp_path / "new")), **change}))
+    with pytest.raises(UserError, match="less than one batch"):
+        train.train(own_config(shared, own, tmp_path / "x", batch=64))
+
+
+def test_training_from_a_cache_learns_and_resumes(shared, own, own_run, tmp_path, monkeypatch):
+    rows = common.read_log(own_run / "log.csv")
+    val = [float(r["val_raw"]) for r in rows if r.get("val_raw")]
+    cfg = own_config(shared, own, "unused")
+    nothing = train.Validation(cfg, pictures.open_cache(cfg)[1], torch.device("cpu"))(lambda x, t, *words: 0 * x, contextlib.nullcontext).mean()
+    assert len(val) == 2 and val[1] < val[0] and val[1] < 0.95 * nothing and (own_run / "samples_0000016.png").stat().st_size > 0
+    real = train.rate
+    monkeypatch.setattr(train, "rate", lambda cfg, step: real(cfg, step) if step < 11 else (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        train.train(own_config(shared, own, tmp_path / "b", steps=16, eval_every=8, lr=4e-3))
+    monkeypatch.setattr(train, "rate", real)
+    train.train(own_config(shared, own, tmp_path / "b", steps=16, eval_every=8, lr=4e-3))
+    a, b = weights(own_run), weights(tmp_path / "b")
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
+
+
+@pytest.mark.parametrize("where", ["within a file", "between the renames"])
+def test_kill_9_in_the_middle_of_a_save_loses_nothing(shared, own, own_run, tmp_path, where):
+    config = dict(steps=16, eval_every=8, lr=4e-3)
+    killed(tmp_path, f"""
+sync, rename = checkpoint.sync, pathlib.Path.rename
+def slow_sync(path):
+    n.append(path)
+    if {where!r} == "within a file" and len(n) == 9:        # seven a save: three files, config.json, two directories, `latest`
+        os.truncate(path, 1000), die()
+    sync(path)
+def slow_rename(self, to):
+    if {where!r} == "between the renames" and self.name == "checkpoint.tmp" and (self.parent / "checkpoint.old").exists():
+        die()
+    return rename(self, to)
+checkpoint.sync, pathlib.Path.rename = slow_sync, slow_rename
+train.train(t.own_config(pathlib.Path({str(shared)!r}), {str(own)!r}, {str(tmp_path / 'a')!r}, **{config!r}))""")
+    assert (tmp_path / "a" / "checkpoint.tmp").is_dir() and (tmp_path / "a" / "checkpoint").is_dir() == (where == "within a file")
+    assert checkpoint.load_checkpoint(tmp_path / "a")[0]["step"] == 8
+    train.train(own_config(shared, own, tmp_path / "a", **config))
+    a, b = weights(own_run), weights(tmp_path / "a")
+    assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
+    assert [r["step"] for r in common.read_log(tmp_path / "a" / "log.csv")] == [r["step"] for r in common.read_log(own_run / "log.csv")]
+
+
+def frozen_encoder(cfg, device="cpu"):
+    """A tiny CLIP at random weights in the place of text.load_encoders."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+    torch.manual_seed(3)
+    n = text.encoding().n_vocab
+    net = CLIPTextModel(CLIPTextConfig(vocab_size=n, hidden_size=cfg.width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=48, eos_token_id=n - 2)).eval()
+
+    @torch.no_grad()
+    def encode(captions):
+        ids, mask = text.tokenize(captions, 48, cut=True)
+        pad = 48 - ids.shape[1]
+        ids, mask = torch.nn.functional.pad(ids, (0, pad), value=n - 1), torch.nn.functional.pad(mask, (0, pad))
+        out = net(ids, attention_mask=mask.long())
+        return text.Text(out.last_hidden_state, mask, out.pooler_output)
+    return encode
+
+
+@pytest.mark.parametrize("arch", ["unet", "mmdit"])
+def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_sample(shared, own, tmp_path, monkeypatch, arch):
+    cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind="clip", data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
+    loaded = []
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or frozen_encoder(c), raising=False)
+    pictures.make_cache(cfg)
+    assert loaded == ["clip"]
+    every, held = pictures.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
+    bucket, rows = next(iter(every.rows.items()))
+    _, *words = every.take(bucket, rows[:3], [False, True, False])
+    fresh = frozen_encoder(cfg.text)([rows[0][2], "", rows[2][2]])
+    L = words[0].shape[1]
+    assert L < 48 and torch.equal(words[1], fresh.mask[:, :L]) and not fresh.mask[:, L:].any()         # cut where no caption reaches
+    assert torch.allclose(words[0][words[1]], fresh.emb[:, :L][words[1]], atol=4e-3) and (len(words) == 3) == (arch == "mmdit")
+    assert arch == "unet" or torch.allclose(words[2], fresh.pooled, atol=4e-3)
+    captions = [held.captions()[0], ""]
+    assert torch.allclose(held.encode(captions).emb[1][:2], frozen_encoder(cfg.text)(captions).emb[1][:2], atol=4e-3) or len(text.tokenize([""])[0][0]) < 2
+
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: pytest.fail("training loaded an encoder"))
+    train.train(cfg)
+    state = weights(tmp_path / "run")["model"]
+    assert not any(k.startswith("text.") for k in state) and all(torch.isfinite(v).all() for v in state.values())
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.width) or frozen_encoder(c))
+    net, _ = sample.load_model(tmp_path / "run")
+    with torch.no_grad():
+        for p in net.denoiser.parameters():                 # off the zeros of the start
+            p.add_(0.05 * torch.randn_like(p))
+    a, b = sample.generate(net, tiny_ae(), ["a dog", "a red car"], [1, 1], steps=2)
+    assert loaded == ["clip", 32] and a.shape == (64, 64, 3) and not np.array_equal(a, b)
 
 
 # ---------------------------------------------------------------------------- distill.py

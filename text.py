@@ -27,6 +27,13 @@ class Text(NamedTuple):
     pooled: torch.Tensor | None = None      # (B, P), for the teacher
 
 
+def join(texts: list[Text]) -> Text:
+    """Several along the batch, padded to the longest."""
+    L = max(t.emb.shape[1] for t in texts)
+    pad = lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, L - x.shape[1]))
+    return Text(torch.cat([pad(t.emb) for t in texts]), torch.cat([pad(t.mask) for t in texts]), None if texts[0].pooled is None else torch.cat([t.pooled for t in texts]))
+
+
 # ---------------------------------------------------------------------------- tokens
 @functools.lru_cache
 def encoding() -> tiktoken.Encoding:
@@ -40,12 +47,13 @@ def encoding() -> tiktoken.Encoding:
     return tiktoken.Encoding("captions", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<end>": len(ranks), "<pad>": len(ranks) + 1})
 
 
-def tokenize(captions: list[str], max_tokens: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
+def tokenize(captions: list[str], max_tokens: int = 64, cut: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """ids (B, L) and mask (B, L), L that of the longest. Each caption ends in <end>, so the empty one, the unconditional, is not nothing.
-    UserError where a caption is longer than max_tokens."""
+    UserError where a caption is longer than max_tokens, or with `cut` only its beginning."""
     enc = encoding()
     rows = [ids + [enc.n_vocab - 2] for ids in
             enc.encode_ordinary_batch([" " + c.lower().strip() if c.strip() else "" for c in captions], num_threads=1)]
+    rows = [r[:max_tokens - 1] + r[-1:] if cut and len(r) > max_tokens else r for r in rows]
     longest = max(map(len, rows))
     if longest > max_tokens:
         raise UserError(f"a prompt of {longest} tokens: the text encoder reads {max_tokens}; shorten it")
@@ -82,6 +90,7 @@ def train_bpe(captions, size: int):
 # ---------------------------------------------------------------------------- encoder
 @dataclass
 class TextConfig:
+    kind: str = "own"           # the small encoder below; else frozen ones, by load_encoders
     width: int = 192
     layers: int = 3
     heads: int = 6

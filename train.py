@@ -24,6 +24,7 @@ from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import UNetConfig, count_params
 from optim import EMA, Muon
+from pictures import fingerprint, open_cache
 from sample import TextToLatents, chosen, generate, load_model, shift_time
 from text import TextConfig, tokenize
 
@@ -84,8 +85,9 @@ class FlowObjective(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x0, eps, t, ids, mask):
-        return flow_loss(lambda x, t: self.net(x, t, ids, mask), x0, eps, t), {}
+    def forward(self, x0, eps, t, *words):
+        """words: ids and mask; of frozen encoders states and mask, and for an MMDiT pooled ones."""
+        return flow_loss(lambda x, t: self.net(x, t, *words), x0, eps, t), {}
 
 
 def draw_times(cfg: FlowConfig, n, generator, device):
@@ -99,9 +101,11 @@ def rate(cfg, step: int) -> float:
 
 # ---------------------------------------------------------------------------- data
 def load_data(cfg: Config, device, rank, world):
-    """The autoencoder, and the latents of the training scenes and of the held-out ones."""
+    """The autoencoder, and the latents of the training scenes and of the held-out ones; or both sides of the cache of your own pictures."""
     ae = load_autoencoder(cfg.ae, device)
-    ae_key = f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+    if cfg.data.folder:
+        return ae, *open_cache(cfg, ae)
+    ae_key = fingerprint(ae)
     for turn in range(world):                                   # one process fills the cache, the others find it there
         if turn == rank:
             latents = latents_of(cfg.data, ae, ae_key)
@@ -112,22 +116,27 @@ def load_data(cfg: Config, device, rank, world):
 
 
 def shown_prompts(cfg: Config) -> list[str]:
-    """Of the sample grids: 24 held-out ones, the six categories in turn."""
+    """Of the sample grids: 24 held-out ones, of scenes the six categories in turn."""
+    if cfg.data.folder:
+        return open_cache(cfg)[1].captions()[:24]
     test = scenes_of(cfg.data, "test")
     return [test.caption(test.scene(i, CATEGORIES[i % 6]), random.Random(0)) for i in range(24)]
 
 
 class Batches:
-    """Batch number k of a process: latents in a new order each epoch, captions worded anew each time, some of them dropped."""
+    """Batch number k of a process: latents in a new order each epoch, captions worded anew each time, some of them dropped. Of a cache, see pictures.py."""
 
     def __init__(self, cfg: Config, latents, device, rank, world):
         if len(latents) < cfg.batch * world:
-            raise UserError(f"data.pictures={len(latents)} is less than one batch ({cfg.batch} x {world} processes): lower batch, or raise data.pictures")
-        self.cfg, self.scenes, self.device, self.rank, self.world = cfg, scenes_of(cfg.data), device, rank, world
-        self.latents = latents.to(device)                       # 2 kB each at 64 px: they fit
-        self.epoch = -1
+            more = "add pictures" if cfg.data.folder else "raise data.pictures"
+            raise UserError(f"{len(latents)} pictures are less than one batch ({cfg.batch} x {world} processes): lower batch, or {more}")
+        self.cfg, self.latents, self.device, self.rank, self.world = cfg, latents, device, rank, world
+        if not cfg.data.folder:
+            self.scenes, self.latents, self.epoch = scenes_of(cfg.data), latents.to(device), -1      # 2 kB each at 64 px: they fit
 
     def __call__(self, k: int):
+        if self.cfg.data.folder:
+            return [x.to(self.device) for x in self.latents.batch(k, self.rank, self.world)]
         cfg, per_epoch = self.cfg, len(self.latents) // (self.cfg.batch * self.world)
         if k // per_epoch != self.epoch:
             self.epoch = k // per_epoch
@@ -141,23 +150,28 @@ class Batches:
 
 
 class Validation:
-    """Held-out scenes with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data."""
+    """Held-out pictures with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data."""
 
     def __init__(self, cfg: Config, latents, device):
-        n, g, scenes = len(latents), torch.Generator().manual_seed(1234), scenes_of(cfg.data, "test")
-        self.x0, self.eps = latents.float().to(device), torch.randn(latents.shape, generator=g).to(device)
-        self.t = ((torch.arange(n) % 8 + torch.rand(n, generator=g)) / 8).to(device)
-        ids, mask = tokenize([scenes.caption(scenes.scene(i), random.Random(i)) for i in range(n)], cfg.text.max_tokens)
-        self.ids, self.mask = ids.to(device), mask.to(device)
+        if cfg.data.folder:
+            groups = latents.groups(cfg.val_pictures)           # one a bucket
+        else:
+            scenes = scenes_of(cfg.data, "test")
+            groups = [(latents.float(), *tokenize([scenes.caption(scenes.scene(i), random.Random(i)) for i in range(len(latents))], cfg.text.max_tokens))]
+        sizes, g = [len(x0) for x0, *_ in groups], torch.Generator().manual_seed(1234)
+        eps = [torch.randn(x0.shape, generator=g) for x0, *_ in groups]
+        self.t = (torch.arange(sum(sizes)) % 8 + torch.rand(sum(sizes), generator=g)) / 8
+        self.batches = [[x.to(device) for x in part] for (x0, *words), e, t in zip(groups, eps, self.t.split(sizes))
+                        for part in zip(*(x.split(64) for x in (x0, e, t, *words)))]
 
     @torch.no_grad()
     def __call__(self, net, amp) -> np.ndarray:
         """Mean loss per bin of t, (8,)."""
         losses = []
-        for x0, eps, t, ids, mask in zip(*(x.split(64) for x in (self.x0, self.eps, self.t, self.ids, self.mask))):
+        for x0, eps, t, *words in self.batches:
             with amp():
-                losses.append(flow_loss(lambda x, t: net(x, t, ids, mask), x0, eps, t))
-        losses, bins = torch.cat(losses).cpu(), (self.t * 8).long().clamp(max=7).cpu()
+                losses.append(flow_loss(lambda x, t: net(x, t, *words), x0, eps, t))
+        losses, bins = torch.cat(losses).cpu(), (self.t * 8).long().clamp(max=7)
         return np.array([losses[bins == b].mean().item() for b in range(8)])
 
 
@@ -196,7 +210,9 @@ def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
     h = cfg.data.size // 8
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:   # on CPU tensors it counts attention as nothing
         network = chosen(cfg.arch, cfg.model, cfg.mmdit)
-        TextToLatents(network, cfg.text)(torch.empty(1, network.in_channels, h, h), torch.empty(1), torch.empty(1, 16, dtype=torch.long), torch.empty(1, 16, dtype=torch.bool))
+        words = torch.empty(1, 16, dtype=torch.long) if cfg.text.kind == "own" else torch.empty(1, 16, cfg.text.width)
+        TextToLatents(network, cfg.text)(torch.empty(1, network.in_channels, h, h), torch.empty(1), words, torch.empty(1, 16, dtype=torch.bool),
+                                         None if cfg.text.kind == "own" or cfg.arch != "mmdit" else torch.empty(1, network.pooled_dim))
     n, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if amp_on else torch.float32
     a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
     for _ in range(6):
@@ -226,6 +242,8 @@ def train(cfg: Config, make_objective=FlowObjective):
     ae, latents, held_out = load_data(cfg, device, rank, world)
     batches, validation = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device)
     prompts = shown_prompts(cfg)
+    if net.text is None:
+        net.frozen.append(held_out.encode)                      # of the sample grids: from the cache, so that no encoder is loaded
 
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists():
@@ -235,7 +253,7 @@ def train(cfg: Config, make_objective=FlowObjective):
         ema.load_state_dict(state["ema"], saved["ema_steps"])
         opt.load_tensors(state["optimizer"])
     if main:
-        print(f"{cfg.out}: {count_params(net.denoiser) / 1e6:.2f} M {type(net.denoiser).__name__} + {count_params(net.text) / 1e6:.2f} M text encoder, "
+        print(f"{cfg.out}: {count_params(net.denoiser) / 1e6:.2f} M {type(net.denoiser).__name__} + {(count_params(net) - count_params(net.denoiser)) / 1e6:.2f} M text encoder, "
               f"{len(latents)} pictures of {cfg.data.size} px, {device}" + (f", resumed at step {start}" if start else ""), flush=True)
 
     flops, peak = costs(cfg, device, amp_on)
@@ -272,13 +290,13 @@ def train(cfg: Config, make_objective=FlowObjective):
         total = 0.0
         for micro in range(cfg.accumulate):
             k = step * cfg.accumulate + micro
-            x0, ids, mask = batches(k)                          # (B, C, H, W), (B, L), (B, L)
+            x0, *words = batches(k)                             # (B, C, H, W), (B, L) or (B, L, D), (B, L)
             g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + k) * world + rank)
             eps, t = torch.randn(x0.shape, generator=g, device=device), draw_times(cfg.flow, len(x0), g, device)
             last = micro == cfg.accumulate - 1
             with contextlib.nullcontext() if last or world == 1 else run.no_sync():
                 with amp():
-                    losses, values = run(x0, eps, t, ids, mask)
+                    losses, values = run(x0, eps, t, *words)
                     loss = losses.mean() / cfg.accumulate
                 loss.backward()
             total += loss.detach()

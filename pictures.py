@@ -1,0 +1,478 @@
+"""Your own pictures: a folder or tar shards -> a cache of latents and text, written once -> batches for train.py.
+
+    python data.py --export DIR 200                                         a folder to try it with: scenes of ragged sizes, ten broken files among them
+    python data.py --cache --config configs/folder.toml [key=value ...]     writes the cache; killed, it goes on where it was; torchrun shares the work
+
+Read are x.jpg, .jpeg, .png and .webp with the caption in x.txt, or in captions.jsonl ({"file": .., "caption": ..}) or metadata.jsonl ({"file_name": .., "text": ..}), or in x.json
+({"caption": ..}); and tar files of such pairs (webdataset's). What cannot be used is skipped, and listed in the cache's skipped.txt.
+
+The cache: NNNNNN.safetensors, each `data.shard` pictures of the listing; in it, for every bucket, `HxW` with the latents (n, C, H/8, W/8) in fp16, and in the metadata the names and
+captions. With frozen text encoders also `HxW.emb` (n, L, D) and `HxW.pooled` (n, P) in fp16 and `HxW.mask` (n, L), and empty.safetensors with those of the empty caption. Files are
+mapped, not loaded. cache.json says what the cache was made with: another autoencoder or other pictures want another directory.
+"""
+import functools, hashlib, io, json, posixpath, random, re, tarfile, time
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageOps, UnidentifiedImageError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+from checkpoint import sync
+from common import UserError, setup
+from data import DataConfig, Scenes, encode_pictures
+from text import Text, encoding, join, tokenize
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl")
+PIXELS = 2**21              # encoded at a time: two pictures of 1024 px, 512 of 64 px
+CAPTIONS = 32               # of the text encoders, at a time
+
+
+# ---------------------------------------------------------------------------- listing
+class Item(NamedTuple):
+    name: str
+    picture: tuple = ()         # where its bytes lie: (file, offset, size, suffix)
+    caption: str | tuple = ""   # itself, or where it lies
+    reason: str = ""            # why it cannot be used, where the listing knows
+
+
+class Unusable(Exception):
+    """A picture that is skipped; says why."""
+
+
+def find_pictures(folder: str) -> list[Item]:
+    """Everything in a folder (and the folders in it), or in one tar, in order of the names; the same on every machine."""
+    root = Path(folder).expanduser()
+    if not root.exists():
+        raise UserError(f"no folder of pictures at '{folder}': set data.folder to a directory of x.jpg + x.txt, or to a tar")
+    if root.is_file():
+        return list_tar(root, root.name)
+    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if not p.name.startswith(".") and p.is_file()}     # hidden: "._x.jpg" of a Mac is no picture
+    items, captions = [], {}
+    place = lambda name: (str(files[name]), 0, files[name].stat().st_size, files[name].suffix.lower())
+    for name in sorted(n for n in files if posixpath.basename(n) in ("captions.jsonl", "metadata.jsonl")):
+        for k, line in enumerate(files[name].read_text(encoding="utf-8-sig", errors="replace").splitlines(), 1):
+            try:
+                row = json.loads(line) if line.strip() else {}
+                file, caption = row.get("file_name", row.get("file")), row.get("text", row.get("caption"))
+                if row:
+                    captions[posixpath.normpath(posixpath.join(posixpath.dirname(name), file))] = caption + ""      # a TypeError unless both are strings
+            except (ValueError, TypeError, AttributeError):
+                items.append(Item(f"{name}:{k}", reason='no caption: the line is no {"file": "x.jpg", "caption": "..."}'))
+    items += [Item(name, reason="no picture: a jsonl names it, but there is no such file") for name in captions if name not in files]
+    for name in sorted(files):
+        stem, suffix = posixpath.splitext(name)
+        suffix = suffix.lower()
+        if suffix in SUFFIXES:
+            text, js = stem + ".txt", stem + ".json"
+            items.append(Item(name, place(name), place(text) if text in files else captions.get(name) or (place(js) if js in files else "")))
+        elif suffix == ".tar":
+            items += list_tar(files[name], name)
+        elif name.endswith((".tar.gz", ".tgz")):
+            items.append(Item(name, reason="another format: a compressed tar; unpack it to a .tar"))
+        elif suffix in OTHERS:
+            items.append(Item(name, reason=f"another format: save {suffix} as jpg, png or webp"))
+    return items
+
+
+def list_tar(path: Path, name: str) -> list[Item]:
+    """Webdataset's convention: members that are equal up to the first dot of their file name belong together. Where their bytes lie is noted, nothing is unpacked."""
+    groups, cut = defaultdict(dict), []
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for m in tar:
+                folder, file = posixpath.split(m.name)
+                key, dot, suffix = file.partition(".")
+                if m.isfile() and key:
+                    groups[posixpath.join(folder, key)]["." + suffix.lower()] = m.name, (str(path), m.offset_data, m.size, "." + suffix.lower())
+    except (tarfile.TarError, OSError) as e:
+        cut = [Item(name, reason=f"broken: the tar ends or breaks off here ({e})")]
+    items = []
+    for parts in groups.values():
+        caption = parts.get(".txt") or parts.get(".json") or ("", "")
+        items += [Item(f"{name}/{member}", place, caption[1]) for suffix, (member, place) in parts.items() if suffix in SUFFIXES]
+        items += [Item(f"{name}/{member}", reason=f"another format: save {suffix} as jpg, png or webp") for suffix, (member, _) in parts.items() if suffix in OTHERS]
+    return items + cut
+
+
+def read(place: tuple) -> bytes:
+    with open(place[0], "rb") as f:
+        f.seek(place[1])
+        return f.read(place[2])
+
+
+def caption_of(item: Item) -> str:
+    caption = item.caption
+    if isinstance(caption, tuple):
+        try:
+            text = read(caption).decode("utf-8-sig")
+            if caption[3] == ".json":
+                row = json.loads(text)
+                text = row.get("caption", row.get("text")) or ""
+            caption = text + ""
+        except (ValueError, TypeError, AttributeError):         # of UTF-8, of JSON, of what it holds
+            raise Unusable('no caption: its file is not UTF-8, or no {"caption": "..."}')
+    caption = " ".join(caption.split())
+    if not caption:
+        raise Unusable("no caption")
+    return caption
+
+
+# ---------------------------------------------------------------------------- pictures into buckets
+@functools.lru_cache
+def buckets(size: int, step: int, ratio: float) -> list[tuple[int, int]]:
+    """(height, width) in pixels: multiples of `step` whose area is nearest to size^2, up to so long ones; each with its transpose."""
+    if size % step or step % 8 or ratio < 1:
+        raise UserError(f"data.size={size} must be a multiple of data.bucket_step={step}, that one of 8, and data.max_ratio={ratio:g} at least 1")
+    sides = [(short, max(1, round(size * size / short / step)) * step) for short in range(step, size + 1, step)]
+    return sorted({b for short, long in sides if long <= ratio * short for b in ((short, long), (long, short))})
+
+
+def bucket_of(height: int, width: int, cfg: DataConfig) -> tuple[int, int]:
+    """The bucket nearest in aspect ratio: a function of the picture's size and the config alone."""
+    return min(buckets(cfg.size, cfg.bucket_step, cfg.max_ratio), key=lambda b: abs(np.log(b[0] * width / (b[1] * height))))
+
+
+def to_bucket(data: bytes, cfg: DataConfig) -> np.ndarray:
+    """An encoded picture -> uint8 (H, W, 3), H and W those of its bucket: upright, on white, 8 bits, RGB; scaled until it covers the bucket, and its middle cut out."""
+    if not data:
+        raise Unusable("broken: an empty file")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            w, h = image.size[::-1] if image.getexif().get(0x0112, 1) >= 5 else image.size         # EXIF orientations 5 to 8 lie on their side
+            H, W = bucket_of(h, w, cfg)
+            if max(H / h, W / w) > cfg.max_upscale:
+                raise Unusable(f"too small: {w}x{h} for {W}x{H}")
+            image.draft(None, (2 * max(H, W),) * 2)             # a JPEG much too large is decoded at a half, a quarter or an eighth: several times faster
+            image.load()
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                          # 16 bits of grey (Pillow itself reads those of colour as 8)
+            image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+        if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+        image = image.convert("RGB")
+        scale = min(image.width / W, image.height / H)
+        w, h = min(image.width, W * scale), min(image.height, H * scale)
+        x, y = (image.width - w) / 2, (image.height - h) / 2
+        image = image.resize((W, H), Image.Resampling.LANCZOS, box=(x, y, min(image.width, x + w), min(image.height, y + h)), reducing_gap=3.0)
+    except Unusable:
+        raise
+    except UnidentifiedImageError:
+        raise Unusable("broken: not a picture, whatever its name says")
+    except Exception as e:                                      # Pillow raises almost anything at a damaged file
+        raise Unusable(f"broken: {re.sub(r'<.*?>', '', str(e)) or type(e).__name__}")      # without addresses of objects: the cache is the same each time
+    return np.array(image)
+
+
+class Prepared(torch.utils.data.Dataset):
+    """Item -> (picture uint8 (H, W, 3), caption, bytes read), or (None, why not, bytes read)."""
+
+    def __init__(self, items: list[Item], cfg: DataConfig):
+        self.items, self.cfg = items, cfg
+
+    def __len__(self):
+        return len(self.items)
+
+    def __getitem__(self, i):
+        item, size = self.items[i], 0
+        try:
+            if item.reason:
+                raise Unusable(item.reason)
+            caption, data = caption_of(item), read(item.picture)
+            size = len(data)
+            return to_bucket(data, self.cfg), caption, size
+        except (Unusable, OSError) as e:
+            return None, str(e) if isinstance(e, Unusable) else f"broken: {e.strerror or e}", size
+
+
+# ---------------------------------------------------------------------------- the cache, written
+def settings(cfg, ae) -> dict:
+    """What makes a cache another cache."""
+    d = cfg.data
+    return {"size": d.size, "bucket_step": d.bucket_step, "max_ratio": d.max_ratio, "max_upscale": d.max_upscale, "shard": d.shard, "text": cfg.text.kind, "autoencoder": fingerprint(ae)}
+
+
+def fingerprint(ae) -> str:
+    return f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+
+
+def write(path: Path, save):
+    """All or nothing: a temporary file, synced, renamed."""
+    tmp = path.with_name(path.name + ".tmp")
+    save(tmp)
+    sync(tmp)
+    tmp.rename(path)
+    sync(path.parent)
+
+
+def read_state(cfg, ae=None) -> dict | None:
+    """cache.json; None where there is none. UserError where it was made with other settings (without the autoencoder, nothing is compared)."""
+    path = Path(cfg.data.cache) / "cache.json"
+    if not path.exists():
+        return None
+    try:
+        state = json.loads(path.read_text())
+        wrong = [(k, state["settings"].get(k), v) for k, v in settings(cfg, ae).items() if state["settings"].get(k) != v] if ae else []
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}): delete the directory and make the cache again")
+    if wrong:
+        raise UserError(f"{cfg.data.cache} was made with {wrong[0][0]}={wrong[0][1]}, the config says {wrong[0][2]}: give another data.cache, or delete it and make it again")
+    return state
+
+
+def make_cache(cfg):
+    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache. Shard k is made by rank k % world, and is the same whoever makes it."""
+    from decoder import load_autoencoder
+    device, rank, world = setup(cfg.device)
+    d, root, start = cfg.data, Path(cfg.data.cache), time.time()
+    if not d.folder:
+        raise UserError("data.folder is not set: give your pictures, such as data.folder=mypictures")
+    grain = 8 * cfg.mmdit.patch if cfg.arch == "mmdit" else 8 * 2 ** (len(cfg.model.widths) - 1)
+    if d.bucket_step % grain or d.shard < 1:
+        raise UserError(f"data.bucket_step={d.bucket_step}: this network wants multiples of {grain} pixels; and data.shard 1 or more")
+    buckets(d.size, d.bucket_step, d.max_ratio)                 # complains before the work begins
+    items = find_pictures(d.folder)
+    if not items:
+        raise UserError(f"no pictures in '{d.folder}': it wants x.jpg, .jpeg, .png or .webp with captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
+    ae = load_autoencoder(cfg.ae, device)
+    listing = hashlib.sha256(json.dumps([(i.name, i.picture[2:3], i.caption[2:3] if isinstance(i.caption, tuple) else i.caption) for i in items]).encode()).hexdigest()[:16]
+    old = read_state(cfg, ae)
+    if old and old["listing"] != listing:
+        raise UserError(f"{d.cache} was made of other pictures than '{d.folder}' holds now (files were added, changed or removed): give another data.cache, or delete it and make it again")
+    if world > 1:
+        dist.barrier()                                          # all have looked before one writes
+    state = {"settings": settings(cfg, ae), "listing": listing, "files": len(items), "shards": -(-len(items) // d.shard), "done": False}
+    shard = lambda k: root / f"{k:06d}.safetensors"
+    if rank == 0 and not old:
+        root.mkdir(parents=True, exist_ok=True)
+        write(root / "cache.json", lambda p: p.write_text(json.dumps(state, indent=1)))
+    if world > 1:
+        dist.barrier()
+    missing = [k for k in range(state["shards"]) if not shard(k).exists()]
+    mine = [k for k in missing if k % world == rank]
+    encode = None
+    if cfg.text.kind != "own" and (mine or (rank == 0 and not (root / "empty.safetensors").exists())):
+        import text
+        encode = text.load_encoders(cfg.text, device)
+        if rank == 0:
+            write(root / "empty.safetensors", lambda p: save_file(text_tensors(encode, [""]), p))
+    todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
+    if rank == 0 and 0 < len(missing) < state["shards"]:
+        print(f"{d.cache}: {state['shards'] - len(missing)} of {state['shards']} shards are there already, going on", flush=True)
+    loader = torch.utils.data.DataLoader(Prepared([items[i] for i in todo], d), batch_size=None, num_workers=d.workers if todo else 0)
+    rows, size = [], 0
+    with tqdm(total=len(todo), desc=f"read and encode {d.folder}", unit="picture", disable=rank > 0) as bar:
+        for i, (picture, words, n) in zip(todo, loader):
+            rows.append((items[i].name, picture, words))
+            size += n
+            bar.update()
+            if (i + 1) % d.shard == 0 or i + 1 == len(items):
+                tensors, about = shard_of(rows, ae, encode, device)
+                write(shard(i // d.shard), lambda p: save_file(tensors, p, {"pictures": json.dumps(about)}))    # one key of metadata: safetensors orders several by chance
+                rows = []
+                bar.set_postfix_str(f"{size / (time.time() - start) / 1e6:.1f} MB/s read")
+    seconds = time.time() - start
+    if world > 1:
+        dist.barrier()
+    if rank > 0:
+        return
+    if gone := [k for k in range(state["shards"]) if not shard(k).exists()]:
+        raise UserError(f"{shard(gone[0])} is missing: another process broke off; run the same command again")
+    finish(cfg, state)
+    if todo:
+        own = f" (this process of {world})" * (world > 1)
+        print(f"{len(todo)} pictures in {seconds:.1f} s: {len(todo) / seconds:.1f} pictures/s, {size / seconds / 1e6:.2f} MB/s read{own}", flush=True)
+
+
+def shard_of(rows, ae, encode, device) -> tuple[dict, dict]:
+    """Rows of (name, picture or None, caption or why not) -> the tensors of a shard, and what its metadata says: names and captions by bucket, what was skipped."""
+    tensors, about, groups = {}, {"buckets": {}, "skipped": [[name, words] for name, picture, words in rows if picture is None]}, defaultdict(list)
+    for name, picture, words in rows:
+        if picture is not None:
+            groups[tuple(picture.shape[:2])].append((name, words, picture))
+    for (H, W), members in sorted(groups.items()):
+        key, n = f"{H}x{W}", max(1, PIXELS // (H * W))
+        about["buckets"][key] = [[name, caption] for name, caption, _ in members]
+        tensors[key] = torch.cat([encode_pictures(ae, torch.stack([p for _, _, p in members[i:i + n]]), device) for i in range(0, len(members), n)])    # (n, C, H/8, W/8)
+        if encode:
+            tensors |= text_tensors(encode, [caption for _, caption, _ in members], key + ".")
+    return tensors, about
+
+
+@torch.inference_mode()
+def text_tensors(encode, captions: list[str], prefix: str = "") -> dict:
+    """States of frozen encoders, on the CPU in fp16, cut where no caption has a token any more."""
+    text = join([Text(*(x if x is None else x.cpu() for x in encode(captions[i:i + CAPTIONS]))) for i in range(0, len(captions), CAPTIONS)])
+    L = int(text.mask.any(0).nonzero().max()) + 1
+    out = {"emb": text.emb[:, :L].half(), "mask": text.mask[:, :L].bool(), **({} if text.pooled is None else {"pooled": text.pooled.half()})}
+    if not all(torch.isfinite(x).all() for x in out.values()):
+        raise UserError("a text encoder's states are not finite in fp16: run it in float32 or bfloat16, or scale them")
+    return {prefix + k: v.contiguous() for k, v in out.items()}
+
+
+def finish(cfg, state):
+    """skipped.txt, the counts on the screen, and cache.json's `done`."""
+    root, shapes, skipped, long = Path(cfg.data.cache), Counter(), [], 0
+    for about in read_shards(root, state["shards"]):
+        skipped += about["skipped"]
+        for key, members in about["buckets"].items():
+            shapes[key] += len(members)
+            if cfg.text.kind == "own":
+                long += sum(len(ids) >= cfg.text.max_tokens for ids in encoding().encode_ordinary_batch([" " + c.lower() for _, c in members]))
+    write(root / "skipped.txt", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in skipped), encoding="utf-8", errors="surrogateescape"))
+    if not shapes:
+        raise UserError(f"none of the {len(skipped)} pictures of '{cfg.data.folder}' can be used; {root / 'skipped.txt'} says why, the first: {': '.join(skipped[0])}")
+    write(root / "cache.json", lambda p: p.write_text(json.dumps({**state, "done": True, "pictures": shapes.total(), "skipped": len(skipped), "buckets": dict(sorted(shapes.items()))}, indent=1)))
+    why = Counter(why.split(":")[0] for _, why in skipped)
+    print(f"{cfg.data.cache}: {shapes.total()} pictures" + (f", {len(skipped)} skipped (" + ", ".join(f"{n} {w}" for w, n in why.most_common()) + f"), listed in {root / 'skipped.txt'}" if skipped else ", none skipped"))
+    print("buckets, height x width: " + ", ".join(f"{k} {n}" for k, n in sorted(shapes.items())), flush=True)
+    if long:
+        print(f"{long} captions have more than text.max_tokens={cfg.text.max_tokens} tokens: their ends are not read", flush=True)
+
+
+# ---------------------------------------------------------------------------- the cache, read
+@functools.lru_cache(256)
+def mapped(path: Path):
+    return safe_open(path, "pt")
+
+
+def read_shards(root: Path, n: int):
+    for k in range(n):
+        try:
+            with safe_open(root / f"{k:06d}.safetensors", "pt") as f:
+                yield json.loads(f.metadata()["pictures"])
+        except Exception as e:                                  # missing, cut short, another file
+            raise UserError(f"{root / f'{k:06d}.safetensors'} is missing or damaged ({e}): delete it and run `python data.py --cache` again")
+
+
+def name_hash(name: str) -> str:
+    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+
+
+def is_held_out(name: str, share: float) -> bool:
+    return int(name_hash(name)[:8], 16) < share * 2**32
+
+
+def open_cache(cfg, ae=None) -> tuple["Pictures", "Pictures"]:
+    """The pictures to train on, and those held out by a hash of their names (one at least). Without the autoencoder: whatever it was made with."""
+    root, state = Path(cfg.data.cache), read_state(cfg, ae)
+    if not state or not state["done"]:
+        raise UserError(f"the cache {root} is {'not whole yet' if state else 'not there'}: run `python data.py --cache` with this config")
+    rows = [(name, caption, bucket, shard, row) for shard, about in enumerate(read_shards(root, state["shards"]))
+            for bucket, members in about["buckets"].items() for row, (name, caption) in enumerate(members)]
+    held_out = {r for r in rows if is_held_out(r[0], cfg.data.held_out)} or {min(rows, key=lambda r: name_hash(r[0]))}
+    return Pictures(cfg, [r for r in rows if r not in held_out]), Pictures(cfg, [r for r in rows if r in held_out])
+
+
+class Pictures:
+    """One side of the split, mapped from the cache."""
+
+    def __init__(self, cfg, rows):
+        self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), defaultdict(list)       # bucket -> [(shard, row, caption)]
+        for _, caption, bucket, shard, row in rows:
+            self.rows[bucket].append((shard, row, caption))
+        self.empty = None
+        if cfg.text.kind != "own":
+            self.empty = Text(**load_file(self.root / "empty.safetensors"))
+            if self.empty.emb.shape[2] != cfg.text.width:
+                raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide: set text.width and the network's context_dim to that (now {cfg.text.width})")
+
+    def __len__(self):
+        return sum(map(len, self.rows.values()))
+
+    def __getitem__(self, some: slice) -> torch.Tensor:
+        """Latents of the commonest bucket, for adv_distill.py's look at the samples."""
+        bucket = max(self.rows, key=lambda b: len(self.rows[b]))
+        return self.take(bucket, self.rows[bucket][some])[0]
+
+    def captions(self) -> list[str]:
+        return [caption for rows in self.rows.values() for _, _, caption in rows]
+
+    def take(self, bucket: str, rows, drop=()) -> tuple[torch.Tensor, ...]:
+        """Latents (B, C, H, W) of these rows, and what the network reads of their captions: ids and mask (B, L), or emb (B, L, D), mask and an MMDiT's pooled (B, P).
+        Those rows that `drop` has True for read the empty caption."""
+        part = lambda shard, row, key: mapped(self.root / f"{shard:06d}.safetensors").get_slice(key)[row:row + 1]
+        x0, drop = torch.cat([part(shard, row, bucket) for shard, row, _ in rows]).float(), drop or [False] * len(rows)
+        if self.empty is None:
+            return x0, *tokenize(["" if d else caption for d, (_, _, caption) in zip(drop, rows)], self.cfg.text.max_tokens, cut=True)
+        keys = [k for k in Text._fields if getattr(self.empty, k) is not None]
+        text = join([self.empty if d else Text(**{k: part(shard, row, f"{bucket}.{k}") for k in keys}) for d, (shard, row, _) in zip(drop, rows)])
+        return x0, text.emb.float(), text.mask, *([text.pooled.float()] if self.cfg.arch == "mmdit" and text.pooled is not None else [])
+
+    def encode(self, captions: list[str]) -> Text:
+        """The cached states of captions that are in here, or of the empty one: in place of the encoders, for the sample grids."""
+        where = {caption: (bucket, (shard, row, caption)) for bucket, rows in self.rows.items() for shard, row, caption in rows}
+        some = next(iter(where.values()))
+        return join([Text(*self.take(*(where[c][0], [where[c][1]]) if c else (some[0], [some[1]], [True]))[1:]) for c in captions])
+
+    def groups(self, n: int) -> list[tuple[torch.Tensor, ...]]:
+        """n of them for validation, bucket by bucket; where there are fewer, each several times, for other noises and times."""
+        every = [(bucket, row) for bucket, rows in sorted(self.rows.items()) for row in rows]
+        chosen = sorted((every * -(-n // len(every)))[:n], key=lambda p: p[0])
+        return [self.take(b, [row for bucket, row in chosen if bucket == b]) for b in dict.fromkeys(b for b, _ in chosen)]
+
+    def batch(self, k: int, rank: int, world: int) -> tuple[torch.Tensor, ...]:
+        """Micro-batch number k of a process: a function of the seed and of its number in the whole run. An optimiser step, of all processes and accumulated, has one bucket."""
+        cfg, k = self.cfg, k * world + rank
+        group = self.cfg.accumulate * max(world, dist.get_world_size() if dist.is_initialized() else 1)    # micro-batches a step
+        bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k // group, cfg.batch * group, cfg.seed)
+        rng, first = random.Random(f"{cfg.seed}/{k}"), k % group * cfg.batch
+        rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
+        return self.take(bucket, rows, [rng.random() < cfg.drop_caption for _ in rows])
+
+
+@functools.lru_cache(256)
+def shuffled(n: int, *seed) -> np.ndarray:
+    g = torch.Generator().manual_seed(int(hashlib.sha256(repr(seed).encode()).hexdigest()[:15], 16))
+    return torch.randperm(n, generator=g).numpy()
+
+
+def whose_turn(sizes: tuple[tuple[str, int], ...], k: int, batch: int, seed: int) -> tuple[str, list[int]]:
+    """Global batch k -> its bucket and the places in it. Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches: nothing is dropped or
+    repeated at an epoch's end, even in a bucket smaller than a batch, whose turn then comes every few epochs. Until epoch e bucket b had floor(e n_b / batch) turns; those of an
+    epoch come in an order drawn from (seed, epoch)."""
+    until = lambda e: sum(e * n // batch for _, n in sizes)
+    epoch = k * batch // sum(n for _, n in sizes)               # or later: the floors delay
+    while until(epoch + 1) <= k:
+        epoch += 1
+    turns = np.repeat(np.arange(len(sizes)), [(epoch + 1) * n // batch - epoch * n // batch for _, n in sizes])
+    turns, turn = turns[shuffled(len(turns), seed, epoch)], k - until(epoch)
+    bucket, n = sizes[turns[turn]]
+    j = epoch * n // batch + int((turns[:turn] == turns[turn]).sum())
+    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in range(j * batch, (j + 1) * batch)]
+
+
+# ---------------------------------------------------------------------------- a folder to try it with
+def export(folder, n: int):
+    """n scenes as JPEG + txt in ragged sizes, ten of them spoilt."""
+    folder, scenes = Path(folder), Scenes(192, "train", layout="free")
+    if n < 20 or (folder.exists() and any(folder.iterdir())):
+        raise UserError(f"--export wants an empty or new folder and 20 pictures or more, got {folder} and {n}")
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        picture, caption = scenes[i]
+        rng = random.Random(i)
+        w, h = rng.choice(((192, 192), (192, 128), (128, 192))) if rng.random() < 0.7 else (rng.randint(100, 192), rng.randint(100, 192))
+        Image.fromarray(picture).resize((w, h), Image.Resampling.LANCZOS).save(folder / f"{i:05d}.jpg", quality=92)
+        (folder / f"{i:05d}.txt").write_text(caption + "\n")
+    files = [folder / f"{i:05d}.jpg" for i in random.Random(0).sample(range(n), 10)]
+    for k, file in enumerate(files):
+        data, text = file.read_bytes(), file.with_suffix(".txt")
+        if k < 3:
+            file.write_bytes(data[: len(data) // (k + 2)])      # a download that broke off
+        elif k < 5:
+            file.write_bytes(b"" if k == 3 else b"<html>404 Not Found</html>\n")
+        elif k < 7:
+            text.unlink() if k == 5 else text.write_text("\n")
+        elif k == 7:
+            text.write_bytes("ein Käfer".encode("latin-1"))
+        else:
+            Image.open(file).resize((40, 30)).save(file)
+    print(f"{folder}: {n} pictures, {len(files)} of them spoilt: " + ", ".join(sorted(f.name for f in files)))
