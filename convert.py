@@ -60,8 +60,8 @@ class DreamLite(UNet):
         return super().embed_time(t) + self.size(torch.cat([angle.cos(), angle.sin()], -1).flatten(1).to(self.conv_in.weight.dtype))   # (B, time_dim)
 
     def forward(self, x, t, context, mask=None, features=(), size=None):
-        """As UNet's, with context (B, L, text_dim); size (B, 2) in pixels as DreamLite's pipeline gives it (None: from x, whose right half is the picture to edit)."""
-        self.pixels = torch.tensor([[8 * x.shape[2], 4 * x.shape[3]]]) if size is None else size      # for embed_time
+        """As UNet's, with context (B, L, text_dim); size (B, 2): width and height in pixels (None: those of x, whose right half is the picture to edit)."""
+        self.pixels = torch.tensor([[4 * x.shape[3], 8 * x.shape[2]]]) if size is None else size      # for embed_time
         return super().forward(x, t, self.project(context), mask, features)
 
 
