@@ -268,13 +268,13 @@ class Folder:
 
     def __init__(self, path, split="train"):
         files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-        self.files = [f for i, f in enumerate(files) if (i % 20 == 0) == (split == "test")] or files
+        self.split, self.files = split, [f for i, f in enumerate(files) if (i % 20 == 0) == (split == "test")] or files
         if not files:
             raise UserError(f"no .jpg, .png or .webp pictures in {path}")
 
     def picture(self, i, size) -> np.ndarray:
         while self.files:
-            file = self.files[i % len(self.files)]
+            file = self.files[np.random.default_rng(i).integers(len(self.files)) if self.split == "train" else i % len(self.files)]
             try:
                 return np.asarray(ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (size, size), Image.LANCZOS))   # (size, size, 3)
             except (OSError, ValueError, Image.DecompressionBombError) as e:
