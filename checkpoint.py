@@ -113,15 +113,16 @@ def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
     return config, out
 
 
-def hub_folder(source, inside: str) -> Path:
-    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself where that has no such folder. What is no directory is a hub id, and downloaded."""
+def hub_folder(source, inside: str, get: str = "") -> Path:
+    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself where that has no such folder. What is no directory is a hub id, and downloaded.
+    UserError in one line; `get` says in it what to download, how large it is, and where to put it."""
     folder = Path(source)
     if not folder.exists():
         try:
             from huggingface_hub import snapshot_download                                # a dependency of transformers
             folder = Path(snapshot_download(str(source), allow_patterns=[f"{inside}/*.json", f"{inside}/*.safetensors"]))
         except Exception as e:
-            raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`")
+            raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`{'; ' * bool(get)}{get}")
     return folder / inside if (folder / inside).is_dir() else folder
 
 

@@ -109,7 +109,7 @@ def renamed(state: dict) -> dict:
 
 
 def from_pretrained(source, device="cpu") -> DreamLite:
-    folder = hub_folder(source, "unet")
+    folder = hub_folder(source, "unet", f"`hf download carlofkl/DreamLite-base --revision diffusers --include 'unet/*' --local-dir {source}` downloads DreamLite's, 0.78 GB at 2 bytes a weight")
     try:
         raw = json.loads((folder / "config.json").read_text())
     except (OSError, ValueError) as e:
@@ -123,5 +123,7 @@ def from_pretrained(source, device="cpu") -> DreamLite:
 
 if __name__ == "__main__":
     with friendly():
-        net = from_pretrained(*sys.argv[1:2] or [""])
+        if len(sys.argv) != 2:
+            raise UserError("usage: python convert.py DIR, a directory with DreamLite's unet")
+        net = from_pretrained(sys.argv[1])
         print(f"{count_params(net) / 1e6:.2f} M parameters; {net.cfg}")

@@ -216,7 +216,7 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
         if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or str(path).startswith(("runs/", "assets/")):
             raise
         folder = path
-    folder = hub_folder(folder, "vae")
+    folder = hub_folder(folder, "vae", f"`hf download stabilityai/stable-diffusion-3.5-large --include 'vae/*' --local-dir {path}` (gated) downloads SD3's, 0.17 GB")
     file = folder / "config.json"
     if file.is_file() and '"AutoencoderKL"' in file.read_text(errors="replace"):
         try:

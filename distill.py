@@ -30,7 +30,7 @@ from mmdit import MEDIUM, Block, MMDiT, MMDiTConfig, sd3_config
 from model import Layer, count_params
 from optim import Muon
 from sample import TextToLatents, build, chosen, load_model, network_of
-from text import EncodersConfig, Text, encoding, load_encoders, tokenize
+from text import Text, TextConfig, encoding, load_encoders, tokenize
 
 
 @dataclass
@@ -87,8 +87,7 @@ class Teacher:
         else:
             self.denoiser = MMDiT.from_pretrained(where, dtype, device)
             folder = where.parent if kind == "sd3" and where.name == "transformer" else where       # the encoders lie beside it
-            self.encoders = load_encoders(EncodersConfig("sd3", str(folder), [] if cfg.teacher_t5 else ["t5"], context_dim=self.denoiser.cfg.context_dim,
-                                                         dtype=str(dtype).split(".")[1]), device)
+            self.encoders = load_encoders(TextConfig("sd3", self.denoiser.cfg.context_dim, folder=str(folder), leave_out=[] if cfg.teacher_t5 else ["t5"], dtype=str(dtype).split(".")[1]), device)
         with torch.no_grad():
             self.empty = self.encode(*(x.to(device) for x in tokenize([""])))   # (1, L, W): for guidance, the same in every batch
         self.tap = teacher_tap(cfg, self.denoiser.cfg)

@@ -1500,6 +1500,7 @@ def tiny_encoders(folder, third="t5"):
     """Random CLIP, CLIP and T5 or Gemma in the hub's layout; the CLIPs' tokenizers are a vocab.json and a merges.txt, number 3's whole words."""
     import tokenizers
     import transformers
+    torch.manual_seed(3)
     letters = sorted(set("".join(WORDS)))
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "r</w>"), ("d", "o")]
     vocab = ["!", *letters, *[c + "</w>" for c in letters], *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
@@ -1550,7 +1551,7 @@ def test_sd3_prompts_are_encoded_as_by_diffusers(sd3_folder, t5):
         tokenizer_2=load("AutoTokenizer", "tokenizer_2"), text_encoder_3=load("T5EncoderModel", "text_encoder_3") if t5 else None, tokenizer_3=load("AutoTokenizer", "tokenizer_3") if t5 else None)
     with torch.no_grad():
         emb, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, device="cpu", do_classifier_free_guidance=False)
-    cfg = text.EncodersConfig("sd3", str(sd3_folder), [] if t5 else ["t5"], context_dim=40)
+    cfg = text.TextConfig("sd3", 40, folder=str(sd3_folder), leave_out=[] if t5 else ["t5"])
     with text.load_encoders(cfg) as encoders:
         ours = encoders.encode(CAPTIONS)
     assert ours.emb.shape == emb.shape == (4, 77 + 256, 40) and ours.pooled.shape == (4, 24) and ours.emb.dtype == torch.float32
@@ -1561,16 +1562,20 @@ def test_sd3_prompts_are_encoded_as_by_diffusers(sd3_folder, t5):
 
 def test_snapgen_states_hold_three_encoders_side_by_side_and_any_can_be_dropped(tmp_path):
     folder = tiny_encoders(tmp_path, "gemma")
-    with text.load_encoders(text.EncodersConfig("snapgen", str(folder), tokens=20)) as three, text.load_encoders(text.EncodersConfig("clip-l", str(folder))) as one, \
-            text.load_encoders(text.EncodersConfig("snapgen", str(folder), tokens=30, leave_out=["clip_g"])) as longer:
+    with text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=20)) as three, text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder))) as one, \
+            text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=30)) as longer:
         joined, clip, other = three.encode(CAPTIONS[:3]), one.encode(CAPTIONS[:3]), longer.encode(CAPTIONS[:3])
     assert joined.emb.shape == (3, 97, 48) and clip.emb.shape == (3, 77, 16) and joined.pooled is clip.pooled is None
     assert three.parts == {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)}
+    assert text.parts_of(text.TextConfig("snapgen")) == {"clip_l": (0, 77, 0, 768), "clip_g": (0, 77, 768, 2048), "gemma": (77, 333, 0, 2304)}      # the sheet's
     assert torch.allclose(joined.emb[:, :77, :16], clip.emb, atol=1e-6) and torch.equal(joined.mask[:, :77], clip.mask)
     assert joined.emb[:, :77, 16:32].std() > 0.1 and joined.emb[:, :77, 32:].abs().max() == 0
     assert joined.mask[:, 77:].sum(1).tolist() == [4, 1, 8]                      # <bos> and the words, from the left
     real = joined.mask[:, 77:]
     assert torch.allclose(joined.emb[:, 77:][real], other.emb[:, 77:97][real], atol=1e-5)      # more padding changes no real state
+
+    alone = text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=20, leave_out=["gemma"]))(CAPTIONS[:3])     # the phone's way
+    assert torch.equal(alone.emb[:, :77], joined.emb[:, :77]) and alone.emb[:, 77:].abs().max() == 0 and not alone.mask[:, 77:].any()
 
     text_ = text.Text(*(x.repeat_interleave(400, 0) for x in joined[:2]))        # 1200 captions
     dropped = text.drop_encoders(text_, three.parts, torch.Generator().manual_seed(0))
@@ -1588,7 +1593,7 @@ def test_snapgen_states_hold_three_encoders_side_by_side_and_any_can_be_dropped(
 
 def test_encoders_leave_the_memory(sd3_folder):
     import weakref
-    encoders = text.load_encoders(text.EncodersConfig("sd3", str(sd3_folder), dtype="bfloat16"))
+    encoders = text.load_encoders(text.TextConfig("sd3", 40, folder=str(sd3_folder), dtype="bfloat16"))
     held = [weakref.ref(p) for _, net in encoders.loaded.values() for p in net.parameters()]
     state = encoders.encode(CAPTIONS[:1])
     assert len(held) > 50 and all(r() is not None for r in held) and state.emb.dtype == torch.bfloat16
@@ -1601,28 +1606,52 @@ def test_missing_encoders_say_what_to_download_how_large_and_where(sd3_folder, t
         assert text.parameters_of(name) == parameters                            # the published models'
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)        # no network
     with pytest.raises(UserError, match=r"clip_l is not whole at stabilityai/.*`hf download stabilityai/.* --include 'text_encoder/\*' 'tokenizer/\*'`.* 0\.25 GB") as e:
-        text.load_encoders(text.EncodersConfig("clip-l"))
+        text.load_encoders(text.TextConfig("clip-l", 768))
     assert "\n" not in str(e.value)
     folder = tmp_path / "partly"
     shutil.copytree(sd3_folder, folder)
     shutil.rmtree(folder / "text_encoder_3")
     with pytest.raises(UserError, match=r"t5 is not whole at .*partly/text_encoder_3.*hf download stabilityai/stable-diffusion-3.5-large .*--local-dir .*partly`.* 9\.52 GB.*licence"):
-        text.load_encoders(text.EncodersConfig("sd3", str(folder)))
+        text.load_encoders(text.TextConfig("sd3", 40, folder=str(folder)))
     with pytest.raises(UserError, match=r"gemma is not whole .*hf download google/gemma-2-2b --local-dir .*partly/text_encoder_3`.* 5\.23 GB"):
-        text.load_encoders(text.EncodersConfig("snapgen", str(folder)))
+        text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder)))
+    for load, words in ((decoder.load_autoencoder, "vae/.*0.17 GB"), (model.UNet.from_pretrained, "unet/.*0.78 GB"), (mmdit.MMDiT.from_pretrained, "hf auth login")):
+        with pytest.raises(UserError, match=f"no directory models/none.*{words}"):
+            load("models/none")
     from safetensors.torch import load_file, save_file                           # transformers would go on with random weights
     file = folder / "text_encoder" / "model.safetensors"
     state = load_file(file)
     save_file({k: v for k, v in state.items() if "text_projection" not in k}, file, {"format": "pt"})
-    assert text.load_encoders(text.EncodersConfig("clip-l", str(folder))).encode(["a"]).pooled is None     # SDXL's has none, and needs none
+    assert text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder))).encode(["a"]).pooled is None     # SDXL's has none, and needs none
     with pytest.raises(UserError, match="lacks 1 tensors, 'text_projection.weight'"):
-        text.load_encoders(text.EncodersConfig("sd3", str(folder), ["t5"]))
+        text.load_encoders(text.TextConfig("sd3", 40, folder=str(folder), leave_out=["t5"]))
     save_file({k: v for k, v in state.items() if "layers.1" not in k}, file, {"format": "pt"})
     with pytest.raises(UserError, match="clip_l .* lacks"):
-        text.load_encoders(text.EncodersConfig("clip-l", str(folder)))
-    for bad in (dict(name="t5"), dict(leave_out=["gemma"], name="sd3"), dict(dtype="fp16"), dict(name="clip-l", folder=str(sd3_folder), context_dim=7)):
+        text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder)))
+    for bad in (dict(kind="t5"), dict(kind="sd3", leave_out=["gemma"]), dict(kind="sd3", dtype="fp16"), dict(kind="clip-l", folder=str(sd3_folder), width=7)):
         with pytest.raises(UserError, match="text encoders"):
-            text.load_encoders(text.EncodersConfig(**bad))
+            text.load_encoders(text.TextConfig(**bad))
+
+
+def test_encoders_come_from_the_hub_without_what_is_not_needed(sd3_folder, tmp_path, monkeypatch):
+    import fnmatch
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    shutil.copytree(sd3_folder, hub)
+    shutil.copy(hub / "text_encoder" / "model.safetensors", hub / "text_encoder" / "model.fp16.safetensors")     # number 1 has both, the others one
+    def download(name, allow_patterns):
+        for file in (f.relative_to(hub).as_posix() for f in hub.rglob("*") if f.is_file()):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (cache / name / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(hub / file, cache / name / file)
+        return str(cache / name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    there, here = (text.load_encoders(text.TextConfig("sd3", 40, folder=f))(CAPTIONS) for f in ("some/model", str(sd3_folder)))
+    assert torch.equal(there.emb, here.emb) and torch.equal(there.pooled, here.pooled)
+    assert sorted(f.relative_to(cache / "some/model").as_posix() for f in cache.rglob("*.safetensors")) == ["text_encoder/model.fp16.safetensors", "text_encoder_2/model.safetensors", "text_encoder_3/model.safetensors"]
+    gemma = tiny_encoders(tmp_path / "gemma", "gemma")
+    shutil.copytree(gemma / "text_encoder_3", hub, dirs_exist_ok=True)           # Gemma lies at the top of its own place; SDXL's two in their folders, as above
+    there, here = (text.load_encoders(text.TextConfig("snapgen", 48, folder=f))(CAPTIONS) for f in ("", str(gemma)))
+    assert torch.equal(there.emb, here.emb) and torch.equal(there.mask, here.mask) and there.mask[:, 77:].any()
 
 
 def test_an_sd3_directory_teaches_with_its_own_encoders_once_a_batch(teachers, sd3_folder, monkeypatch):
@@ -1776,6 +1805,9 @@ def test_dreamlite_equals_diffusers(tmp_path, kv_heads):
     torch.manual_seed(0)
     theirs = shaken(DreamLiteUNetModel(**{**DREAMLITE, **dict(block_out_channels=(16, 32, 64), attention_head_dim=(2, 4, 8), cross_attention_dim=24, encoder_hid_dim=20, addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=16, norm_num_groups=8, num_kv_heads=kv_heads)}))
+    with torch.no_grad():                               # small queries, so that the norm's epsilon shows
+        for name, p in theirs.named_parameters():
+            p.mul_(0.02 if ".to_q." in name else 1)
     theirs.save_pretrained(tmp_path / "unet")
     ours = model.UNet.from_pretrained(tmp_path)
     x, t, context, mask, size = torch.randn(2, 4, 8, 16), torch.tensor([0.1, 0.9]), torch.randn(2, 7, 20), torch.arange(7)[None] < torch.tensor([[7], [4]]), torch.tensor([[64, 64], [96, 40]])

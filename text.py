@@ -18,7 +18,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ASSETS, UserError, attention, friendly
+from common import ASSETS, UserError, attention, friendly, pick_device
 
 VOCABULARY = ASSETS / "captions.tiktoken"
 PATTERN = r" ?[^\s\d]+| ?\d|\s+"            # a word or a digit, with the blank before it
@@ -85,11 +85,17 @@ def train_bpe(captions, size: int):
 # ---------------------------------------------------------------------------- encoder
 @dataclass
 class TextConfig:
+    kind: str = "own"           # the small encoder below; else frozen ones, by load_encoders
     width: int = 192
     layers: int = 3
     heads: int = 6
     max_tokens: int = 64
     vocabulary: int = 0         # 0 = that of assets/captions.tiktoken
+    # of the frozen ones, kind = snapgen (width 2304), clip-l (768) or sd3 (4096):
+    folder: str = ""            # a directory in SD3's layout (text_encoder, tokenizer, text_encoder_2, ..; Gemma or T5 is number 3) or a hub id; empty: each from its own place on the hub
+    leave_out: list[str] = field(default_factory=list)     # encoders that are not loaded, such as ["t5"]; their states are zeros, as SD3 does without T5
+    tokens: int = 256           # of Gemma or T5; the CLIPs have 77
+    dtype: str = "auto"         # bfloat16, float32, or auto: bfloat16, but float32 on a CPU
 
 
 class Block(nn.Module):
@@ -150,16 +156,6 @@ SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"), "sd3": 
 FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "gemma": "text_encoder_3", "t5": "text_encoder_3"}    # tokenizers: tokenizer, tokenizer_2, tokenizer_3
 
 
-@dataclass
-class EncodersConfig:
-    name: str = "snapgen"       # or clip-l, sd3
-    folder: str = ""            # a directory in SD3's layout (text_encoder, tokenizer, text_encoder_2, ..; Gemma or T5 is number 3) or a hub id; empty: each from its own place on the hub
-    leave_out: list[str] = field(default_factory=list)     # encoders that are not loaded; their states are zeros, as SD3 does without T5
-    tokens: int = 256           # of Gemma or T5; the CLIPs have 77
-    context_dim: int = 0        # width of a state; 0: that of Gemma (2304) or T5 (4096)
-    dtype: str = "auto"         # bfloat16, float32, or auto: bfloat16, but float32 on a CPU
-
-
 @functools.lru_cache
 def parameters_of(name: str) -> int:
     """Counted on the meta device from the real config: nothing is downloaded."""
@@ -169,50 +165,59 @@ def parameters_of(name: str) -> int:
         return sum(p.numel() for p in getattr(transformers, s.model)(getattr(transformers, s.config)(**s.values)).parameters())
 
 
-class Encoders:
-    """Frozen encoders. `encode(captions) -> Text`; `release()` frees their memory, and so does leaving a `with`.
-    `parts` {name: (first row, last row, first column, last column)} tells where in the joined states each encoder's own lie: the CLIPs share the rows, each with
-    columns of its own. So a cache of joined states holds the parts too, and drop_encoders() can blank them in training."""
+def parts_of(cfg: TextConfig, widths: dict | None = None) -> dict:
+    """{encoder: (first row, last row, first column, last column)}: where in the joined states its own lie. The CLIPs share the rows, each with columns of its own. So a cache
+    of joined states holds the parts too, and drop_encoders() can blank them in training without the encoders. Widths: the published ones', or those given."""
+    parts, at = {}, 0
+    for name in SETS[cfg.kind]:
+        D = (widths or {}).get(name) or SOURCES[name].values.get("hidden_size") or SOURCES[name].values["d_model"]
+        parts[name] = (0, 77, at, at + D) if name.startswith("clip") else (77, 77 + cfg.tokens, 0, D)
+        at += D
+    return parts
 
-    def __init__(self, cfg: EncodersConfig, device):
-        if cfg.name not in SETS or (bad := [n for n in cfg.leave_out if n not in SETS[cfg.name]]) or cfg.dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(f"text encoders: name '{cfg.name}' (one of {', '.join(SETS)}), leave_out {cfg.leave_out} (some of {', '.join(SETS.get(cfg.name, SETS['snapgen']))}), dtype '{cfg.dtype}' (auto, bfloat16, float32)")
-        self.cfg, self.device, names = cfg, torch.device(device), SETS[cfg.name]
+
+class Encoders:
+    """Frozen encoders. Called, or by `encode`: captions -> Text. `release()` frees their memory, and so does leaving a `with`."""
+
+    def __init__(self, cfg: TextConfig, device):
+        names = SETS.get(cfg.kind, ())
+        if not names or set(cfg.leave_out) - set(names) or cfg.dtype not in ("auto", "bfloat16", "float32"):
+            raise UserError(f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), leave_out {cfg.leave_out} (some of {', '.join(names)}), dtype '{cfg.dtype}' (auto, bfloat16, float32)")
+        self.cfg, self.device, third = cfg, pick_device(device) if isinstance(device, str) else device, names[2:3]
         self.dtype = torch.float32 if cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu") else torch.bfloat16
         self.loaded = {n: self.load(n) for n in names if n not in cfg.leave_out}     # {name: (tokenizer, model)}
-        real = {n: SOURCES[n].values.get("hidden_size") or SOURCES[n].values["d_model"] for n in names}
-        wide = {n: self.loaded[n][1].config.hidden_size if n in self.loaded else real[n] for n in names}
-        self.pooled_dims = {n: self.loaded[n][1].config.projection_dim if n in self.loaded else real[n] for n in names if n.startswith("clip")}
-        self.third = names[2] if len(names) > 2 else None
-        if self.third and self.third not in self.loaded and cfg.context_dim:
-            wide[self.third] = cfg.context_dim
-        self.width, self.parts, at = wide[self.third or "clip_l"], {}, 0
-        if cfg.context_dim and cfg.context_dim != self.width:
-            raise UserError(f"text encoders '{cfg.name}' give states of width {self.width}, context_dim={cfg.context_dim} is wanted")
-        for n in names:
-            self.parts[n] = (77, 77 + cfg.tokens, 0, wide[n]) if n == self.third else (0, 77, at, at + wide[n])
-            at += wide[n]
+        widths = {n: self.loaded[n][1].config.hidden_size if n in self.loaded else cfg.width if n in third else None for n in names}
+        self.parts = parts_of(cfg, widths)
+        self.pooled_dims = {n: self.loaded[n][1].config.projection_dim if n in self.loaded else SOURCES[n].values["projection_dim"] for n in names[:2]}
+        self.length, self.width = (self.parts[(third or names)[0]][k] for k in (1, 3))
+        if cfg.width != self.width:
+            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}: set text.width={self.width} (and the network's context_dim), it is {cfg.width}")
 
     def load(self, name):
         import transformers
         from transformers.utils import logging
         s, folder, quiet = SOURCES[name], self.cfg.folder, logging.get_verbosity()
-        if self.cfg.name == "sd3":                              # SDXL's CLIP-L has no projection, and so no pooled state
+        if self.cfg.kind == "sd3":                              # SDXL's CLIP-L has no projection, and so no pooled state
             s = s._replace(hub=SOURCES["t5"].hub, license="gated")
-        where, inside = (folder, FOLDERS[name]) if folder else (s.hub, s.inside)
+        where, inside = source = (folder, FOLDERS[name]) if folder else (s.hub, s.inside)
         words = inside.replace("text_encoder", "tokenizer")
         if Path(where, inside).is_dir() and not Path(where, words).is_dir():
             words = inside                                      # one directory for both, as Gemma comes
         logging.set_verbosity_error()                           # what is missing is said here, in one line
         try:
-            for variant in ("fp16", None):                      # half the download, where it is offered
+            if not Path(where).is_dir():                        # a hub id. All files at once, so that a missing network is said at once
+                from huggingface_hub import snapshot_download   # a dependency of transformers
+                get = lambda name: Path(snapshot_download(where, allow_patterns=[f"{inside}/{x}".lstrip("/") for x in ("*.json", name)] + [f"{words}/*" if words else "tokenizer*"]))
+                place = get("model.fp16*.safetensors")          # half the download, where it is offered
+                where = place if any(place.glob(f"{inside or '.'}/model.fp16*.safetensors")) else get("model*.safetensors")
+            for variant in ("fp16", None):
                 try:
                     model, info = getattr(transformers, s.model).from_pretrained(where, subfolder=inside, dtype=self.dtype, variant=variant, use_safetensors=True, output_loading_info=True)
                     break
                 except OSError:
                     if variant is None:
                         raise
-            missing = [k for k in info["missing_keys"] if self.cfg.name == "sd3" or k != "text_projection.weight"]
+            missing = [k for k in info["missing_keys"] if self.cfg.kind == "sd3" or k != "text_projection.weight"]
             if missing:                                         # transformers would go on with random ones
                 raise ValueError(f"it lacks {len(missing)} tensors, '{sorted(missing)[0]}' first")
             # padding to the right: the real tokens come first, and Gemma, which is causal, never sees it
@@ -220,7 +225,7 @@ class Encoders:
         except Exception as e:                                  # of the network, the hub, the files: many types
             get = f"hf download {s.hub}" + (f" --include '{s.inside}/*' '{s.inside.replace('text_encoder', 'tokenizer')}/*'" if s.inside else "")
             get += f" --local-dir {folder if s.inside else f'{folder}/{inside}'}" if folder else ""
-            raise UserError(f"text encoder {name} is not whole at {where}{'/' * bool(inside)}{inside}: `{get}` downloads and places it, {2 * parameters_of(name) / 1e9:.2f} GB at 2 bytes a weight"
+            raise UserError(f"text encoder {name} is not whole at {'/'.join(source).rstrip('/')}: `{get}` downloads and places it, {2 * parameters_of(name) / 1e9:.2f} GB at 2 bytes a weight"
                             f"{', after you accept its licence there and `hf auth login`' if s.license == 'gated' else ''} ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:100]})") from None
         finally:
             logging.set_verbosity(quiet)
@@ -229,7 +234,7 @@ class Encoders:
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Text:
         """emb (B, 77, D) for clip-l, else (B, 77 + tokens, D); mask, True for a real token; pooled (B, P) for sd3. Longer captions are cut."""
-        B, L = len(captions), 77 + (self.cfg.tokens if self.third else 0)
+        B, L = len(captions), self.length
         emb, mask = torch.zeros(B, L, self.width, dtype=self.dtype, device=self.device), torch.zeros(B, L, dtype=torch.bool, device=self.device)
         pooled = {n: torch.zeros(B, d, dtype=self.dtype, device=self.device) for n, d in self.pooled_dims.items()}
         for name, (tokenizer, model) in self.loaded.items():
@@ -245,7 +250,9 @@ class Encoders:
             emb[:, top:bottom, left:right] = states             # (B, L', D')
             mask[:, top:bottom] |= t.attention_mask.bool()      # both CLIPs have the same tokens
         mask[:, 0] = True                                       # or an attention without any real token would be NaN
-        return Text(emb, mask, torch.cat(list(pooled.values()), -1) if self.cfg.name == "sd3" else None)
+        return Text(emb, mask, torch.cat(list(pooled.values()), -1) if self.cfg.kind == "sd3" else None)
+
+    __call__ = encode
 
     def release(self):
         self.loaded.clear()
@@ -260,14 +267,14 @@ class Encoders:
         self.release()
 
 
-def load_encoders(cfg: EncodersConfig, device="cpu") -> Encoders:
+def load_encoders(cfg: TextConfig, device="auto") -> Encoders:
     """UserError in one line where weights are missing: what to download, how large it is, where to put it."""
     return Encoders(cfg, device)
 
 
 def drop_encoders(text: Text, parts: dict, generator: torch.Generator, p: float = 0.464) -> Text:
     """Blanks each encoder's states with chance p, independently in each caption (SD3: 46.4 %, so that one in ten has none), so that any subset will do when
-    sampling. Tokens that are left without states are masked. Works on cached states too: `parts` are slices of the joined ones."""
+    sampling. Tokens that are left without states are masked. Works on cached states too, with parts_of(cfg)."""
     B, emb, covered = len(text.emb), text.emb.clone(), torch.zeros_like(text.mask)
     for top, bottom, left, right in parts.values():
         keep = torch.rand(B, generator=generator, device=generator.device).to(emb.device) >= p     # (B,)
