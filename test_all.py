@@ -1618,6 +1618,8 @@ def test_missing_encoders_say_what_to_download_how_large_and_where(sd3_folder, t
     for load, words in ((decoder.load_autoencoder, "vae/.*0.17 GB"), (model.UNet.from_pretrained, "unet/.*0.78 GB"), (mmdit.MMDiT.from_pretrained, "hf auth login")):
         with pytest.raises(UserError, match=f"no directory models/none.*{words}"):
             load("models/none")
+    with pytest.raises(UserError, match="0.17 GB"):
+        decoder.train(common.read_config(decoder.Config(), ["--config", str(ROOT / "configs/decoder_sd3.toml"), "encoder=models/none", "device=cpu", f"out={tmp_path / 'run'}"]))
     from safetensors.torch import load_file, save_file                           # transformers would go on with random weights
     file = folder / "text_encoder" / "model.safetensors"
     state = load_file(file)

@@ -207,7 +207,7 @@ class Encoders:
         try:
             if not Path(where).is_dir():                        # a hub id. All files at once, so that a missing network is said at once
                 from huggingface_hub import snapshot_download   # a dependency of transformers
-                get = lambda name: Path(snapshot_download(where, allow_patterns=[f"{inside}/{x}".lstrip("/") for x in ("*.json", name)] + [f"{words}/*" if words else "tokenizer*"]))
+                get = lambda weights: Path(snapshot_download(where, allow_patterns=[f"{words}/*" if words else "tokenizer*", *(f"{inside}/{x}".lstrip("/") for x in ("*.json", weights))]))
                 place = get("model.fp16*.safetensors")          # half the download, where it is offered
                 where = place if any(place.glob(f"{inside or '.'}/model.fp16*.safetensors")) else get("model*.safetensors")
             for variant in ("fp16", None):
