@@ -117,6 +117,35 @@ def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
     return config, out
 
 
+def hub_folder(source, inside: str, get: str = "") -> Path:
+    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself where that has no such folder. What is no directory is a hub id, and downloaded.
+    UserError in one line; `get` says in it what to download, how large it is, and where to put it."""
+    folder = Path(source)
+    if not folder.exists():
+        try:
+            from huggingface_hub import snapshot_download                                # a dependency of transformers
+            folder = Path(snapshot_download(str(source), allow_patterns=[f"{inside}/*.json", f"{inside}/*.safetensors"]))
+        except Exception as e:
+            raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`{'; ' * bool(get)}{get}")
+    return folder / inside if (folder / inside).is_dir() else folder
+
+
+def hub_tensors(folder: Path) -> dict:
+    """All of diffusion_pytorch_model*.safetensors in `folder`, shards together; the fp16 variant only where there is no other."""
+    files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    files = [f for f in files if ".fp16" not in f.name] or files
+    if not files:
+        raise UserError(f"{folder} has no diffusion_pytorch_model.safetensors: the download is incomplete (a .bin file is a pickle, which is not read here)")
+    state = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as f:
+                state |= {k: f.get_tensor(k) for k in f.keys()}
+        except SafetensorError as e:
+            raise UserError(f"{file} is damaged or half-written ({e}): download it again")
+    return state
+
+
 def load_into(module: torch.nn.Module, state: dict, what: str):
     """load_state_dict, with the first difference named in one line."""
     own = module.state_dict()

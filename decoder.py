@@ -2,22 +2,25 @@
 fit), the decoder is SnapGen's tiny one: 1.38 M parameters against SD3's 49.5 M (paper.md, section 2).
 
     python decoder.py --config configs/ae.toml [key=value]    trains on scenes, resumes by itself, ends in out/final
+    python decoder.py --config configs/decoder_sd3.toml        the tiny decoder alone, against SD3's frozen encoder; folder=DIR: on your pictures
     python decoder.py --test DIR [out.png [out.json]]          PSNR on held-out scenes, and a picture: input, output, difference
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
-import json, signal, sys, time
-from dataclasses import asdict, dataclass, field
+import json, re, signal, sys, time
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from PIL import Image, ImageOps
 
-from checkpoint import load_checkpoint, load_into, resolve, save_checkpoint
+from checkpoint import hub_folder, hub_tensors, load_checkpoint, load_into, resolve, save_checkpoint
 from common import Log, UserError, attention, friendly, provenance, read_config, setup, use_bfloat16
 from data import Scenes, grid, to_tensor
+from losses import PatchDiscriminator, load_lpips, pyramid_l1
 from optim import EMA, Muon
 
 
@@ -33,6 +36,7 @@ class AutoencoderConfig:
     tiny_groups: int = 8            # of the decoder's GroupNorms, for the same reason
     scale: float = 1.5305           # z = (mean - shift) * scale has about unit variance; SD3's numbers
     shift: float = 0.0609
+    decoder: str = "tiny"           # or sd3: SD3's own, the reference
 
 
 # ---------------------------------------------------------------------------- encoder: SD3's layout, diffusers' names
@@ -72,6 +76,21 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))                     # (B, C, H/2, W/2); SD3 pads right and below only
 
 
+class Middle(nn.Module):
+    """Residual block, attention, residual block: the same in encoder and decoder."""
+
+    def __init__(self, C, cfg):
+        super().__init__()
+        self.resnets = nn.ModuleList(ResnetBlock(C, C, cfg.groups) for _ in range(2))
+        self.attentions = nn.ModuleList([AttentionBlock(C, cfg.groups)] if cfg.attention else [])
+
+    def forward(self, x):
+        x = self.resnets[0](x)
+        for attention in self.attentions:
+            x = attention(x)
+        return self.resnets[1](x)
+
+
 class Encoder(nn.Module):
     """(B, 3, H, W) in [-1, 1] -> moments (B, 2*latent, H/8, W/8): mean and log variance."""
 
@@ -85,9 +104,7 @@ class Encoder(nn.Module):
             stage.resnets = nn.ModuleList(ResnetBlock(C if j else W[max(i - 1, 0)], C, g) for j in range(cfg.layers))
             stage.downsamplers = nn.ModuleList([Downsample(C)] if i < len(W) - 1 else [])
             self.down_blocks.append(stage)
-        self.mid_block = nn.Module()
-        self.mid_block.resnets = nn.ModuleList(ResnetBlock(W[-1], W[-1], g) for _ in range(2))
-        self.mid_block.attentions = nn.ModuleList([AttentionBlock(W[-1], g)] if cfg.attention else [])
+        self.mid_block = Middle(W[-1], cfg)
         self.conv_norm_out = nn.GroupNorm(g, W[-1], eps=1e-6)
         self.conv_out = nn.Conv2d(W[-1], 2 * cfg.latent, 3, padding=1)
 
@@ -96,11 +113,39 @@ class Encoder(nn.Module):
         for stage in self.down_blocks:
             for layer in (*stage.resnets, *stage.downsamplers):
                 x = layer(x)                                         # (B, C, H/2, W/2) after a downsampler
-        first, second = self.mid_block.resnets
-        x = first(x)
-        for attention in self.mid_block.attentions:
-            x = attention(x)
-        return self.conv_out(F.silu(self.conv_norm_out(second(x))))  # (B, 2*latent, H/8, W/8)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))  # (B, 2*latent, H/8, W/8)
+
+
+class Upsample(nn.Module):
+    def __init__(self, C):
+        super().__init__()
+        self.conv = nn.Conv2d(C, C, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))     # (B, C, 2H, 2W)
+
+
+class SD3Decoder(nn.Module):
+    """What the tiny decoder replaces, 49.5 M parameters: latents (B, latent, h, w) -> (B, 3, 8h, 8w). The encoder backwards, with one residual block more a stage."""
+
+    def __init__(self, cfg: AutoencoderConfig):
+        super().__init__()
+        W, g = cfg.widths[::-1], cfg.groups
+        self.conv_in, self.mid_block = nn.Conv2d(cfg.latent, W[0], 3, padding=1), Middle(W[0], cfg)
+        self.up_blocks = nn.ModuleList()
+        for i, C in enumerate(W):
+            stage = nn.Module()
+            stage.resnets = nn.ModuleList(ResnetBlock(C if j else W[max(i - 1, 0)], C, g) for j in range(cfg.layers + 1))
+            stage.upsamplers = nn.ModuleList([Upsample(C)] if i < len(W) - 1 else [])
+            self.up_blocks.append(stage)
+        self.conv_norm_out, self.conv_out = nn.GroupNorm(g, W[-1], eps=1e-6), nn.Conv2d(W[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))                          # (B, C, h, w)
+        for stage in self.up_blocks:
+            for layer in (*stage.resnets, *stage.upsamplers):
+                x = layer(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))          # (B, 3, H, W)
 
 
 # ---------------------------------------------------------------------------- the tiny decoder
@@ -137,7 +182,7 @@ def tiny_decoder(cfg: AutoencoderConfig) -> nn.Sequential:
 class Autoencoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
-        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), tiny_decoder(cfg)
+        self.cfg, self.encoder, self.decoder = cfg, Encoder(cfg), SD3Decoder(cfg) if cfg.decoder == "sd3" else tiny_decoder(cfg)
         for m in self.modules():
             if isinstance(m, ResnetBlock):                      # starts as its shortcut
                 nn.init.zeros_(m.conv2.weight)
@@ -164,38 +209,29 @@ class Autoencoder(nn.Module):
 
 
 def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
-    """From a checkpoint directory, in fp32, frozen. UserError names what is missing or damaged."""
-    config, state = load_checkpoint(path)
-    if "autoencoder" not in config:
-        raise UserError(f"{path} is no autoencoder's checkpoint: its config.json has no 'autoencoder' table")
-    ae = load_into(Autoencoder(AutoencoderConfig(**config["autoencoder"])), state["model"], str(path))
-    return ae.float().to(device).eval().requires_grad_(False)
-
-
-# ---------------------------------------------------------------------------- losses
-# grey, blue-yellow, green-magenta: in RGB, L1 is content with the right grey, and hue is learned last
-OPPONENT = torch.tensor([[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, -1.0], [-1.0, 2.0, -1.0]])
-
-
-def pyramid_l1(a, b, levels=4):
-    """L1 over a Laplacian pyramid of opponent colours: a blurred edge costs as much as a wrong colour, which plain L1 hardly minds.
-    Needs no download."""
-    d = torch.einsum("bchw,oc->bohw", a - b, OPPONENT.to(a.device))  # all is linear: the difference's pyramid is enough
-    loss = 0.0
-    for _ in range(levels - 1):
-        low = F.avg_pool2d(d, 2)
-        loss = loss + (d - F.interpolate(low, scale_factor=2.0, mode="bilinear")).abs().mean()
-        d = low
-    return loss + d.abs().mean()
-
-
-class PatchDiscriminator(nn.Sequential):
-    """Three strided convolutions: real or drawn, for each patch of about 22 pixels. (B, 3, H, W) -> (B, 1, H/8, W/8)"""
-
-    def __init__(self, C=32):
-        act = lambda: nn.LeakyReLU(0.2)
-        super().__init__(nn.Conv2d(3, C, 4, 2, 1), act(), nn.Conv2d(C, 2 * C, 4, 2, 1), nn.GroupNorm(8, 2 * C), act(),
-                         nn.Conv2d(2 * C, 4 * C, 4, 2, 1), nn.GroupNorm(8, 4 * C), act(), nn.Conv2d(4 * C, 1, 3, padding=1))
+    """From a checkpoint directory of ours, a directory with SD3's `vae` (or that itself), or a hub id; in fp32, frozen. UserError names what is missing or damaged."""
+    try:
+        folder = resolve(path)
+    except UserError:
+        if not re.fullmatch(r"[\w-]+/[\w.-]+", str(path)) or str(path).startswith(("runs/", "assets/")):
+            raise
+        folder = path
+    folder = hub_folder(folder, "vae", f"`hf download stabilityai/stable-diffusion-3.5-large --include 'vae/*' --local-dir {path}` (gated) downloads SD3's, 0.17 GB")
+    file = folder / "config.json"
+    if file.is_file() and '"AutoencoderKL"' in file.read_text(errors="replace"):
+        try:
+            raw = json.loads(file.read_text())
+            cfg = AutoencoderConfig(raw["latent_channels"], raw["block_out_channels"], raw["layers_per_block"], raw.get("mid_block_add_attention", True), raw["norm_num_groups"],
+                                    scale=raw["scaling_factor"], shift=raw.get("shift_factor") or 0.0, decoder="sd3")
+        except (KeyError, ValueError) as e:
+            raise UserError(f"{file} is no whole config of an AutoencoderKL ({e!r}): download it again")
+        state = hub_tensors(folder)
+    else:
+        config, state = load_checkpoint(folder)
+        if "autoencoder" not in config:
+            raise UserError(f"{path} is no autoencoder's checkpoint: its config.json has no 'autoencoder' table")
+        cfg, state = AutoencoderConfig(**config["autoencoder"]), state["model"]
+    return load_into(Autoencoder(cfg), state, str(path)).float().to(device).eval().requires_grad_(False)
 
 
 # ---------------------------------------------------------------------------- training
@@ -203,8 +239,11 @@ class PatchDiscriminator(nn.Sequential):
 class Config:
     out: str = "runs/ae"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    encoder: str = ""               # a directory with SD3's vae, or a hub id: its encoder, frozen, and only the decoder learns; empty: both learn
+    folder: str = ""                # of pictures; empty: scenes
+    size: int = 64                  # of most pictures; some are twice as large, some parts of four times as large ones
     steps: int = 6000
-    pixels: int = 65536             # of a batch: 16 pictures of 64 px, 4 of 128 px, 1 of 256 px
+    pixels: int = 65536             # of a batch: 16 pictures of 64 px, 4 of 128 px
     lr: float = 1.5e-3
     muon_lr: float = 0.02           # of the matrices, by Muon; 0: AdamW for all
     warmup: int = 100
@@ -212,6 +251,8 @@ class Config:
     ema: float = 0.998
     l1: float = 0.5                 # weight of the pyramid's L1: sharp edges and right hues
     mse: float = 8.0                # of the squared error: the decibels, and a smooth start
+    lpips: str = ""                 # its weights as a safetensors file (losses.py); without: no LPIPS
+    lpips_weight: float = 0.0
     kl: float = 1e-6                # weight of the KL term, in nats a latent element
     latent_noise: float = 0.1      # of the latents' own deviation: the decoder must not live on their last digits
     gan_start: float = 2.0          # share of the steps after which the patch GAN joins (over 1: never)
@@ -222,24 +263,51 @@ class Config:
     device: str = "auto"
 
 
-def batch_of(cfg, step, scenes):
-    """(B, 3, S, S) in [-1, 1]. Of eight steps, six on whole pictures of 64 px, one on 128 px, one on parts of 256 px."""
-    rng = np.random.default_rng((cfg.seed, step))
-    size, crop = (*[(64, 64)] * 6, (128, 128), (256, 128))[rng.integers(8)]
+class Folder:
+    """Square pictures from a directory's files, upright, RGB; of every 20 files one is held out. What cannot be read is named and left out."""
+
+    def __init__(self, path, split="train"):
+        files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
+        self.split, self.files = split, [f for i, f in enumerate(files) if (i % 20 == 0) == (split == "test")] or files
+        if not files:
+            raise UserError(f"no .jpg, .png or .webp pictures in {path}")
+
+    def picture(self, i, size) -> np.ndarray:
+        while self.files:
+            file = self.files[np.random.default_rng(i).integers(len(self.files)) if self.split == "train" else i % len(self.files)]
+            try:
+                return np.asarray(ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (size, size), Image.LANCZOS))   # (size, size, 3)
+            except (OSError, ValueError, Image.DecompressionBombError) as e:
+                print(f"left out {file}: {e}", flush=True)
+                self.files.remove(file)
+        raise UserError("not one picture of the folder can be read")
+
+
+def pictures_of(cfg, split="train"):
+    """index, size -> (size, size, 3) uint8."""
+    if cfg.folder:
+        return Folder(cfg.folder, split).picture
+    scenes = Scenes(256, split, seed=0 if split == "train" else 1)
+    return lambda i, size: scenes.render(scenes.scene(i), size)
+
+
+def batch_of(cfg, step, draw):
+    """(B, 3, S, S) in [-1, 1]. Of eight steps, six on whole pictures of `size` px, one on twice that, one on parts of four times that."""
+    rng, s = np.random.default_rng((cfg.seed, step)), cfg.size
+    size, crop = (*[(s, s)] * 6, (2 * s, 2 * s), (4 * s, 2 * s))[rng.integers(8)]
     n, pictures = max(1, cfg.pixels // crop**2), []
     for k in range(n):
         y, x = rng.integers(0, size - crop + 1, 2)
-        s = scenes.scene(step * 64 + k)
-        pictures.append(scenes.render(s, size)[y:y + crop, x:x + crop])
+        pictures.append(draw(step * 64 + k, size)[y:y + crop, x:x + crop])
     return to_tensor(np.stack(pictures))
 
 
 @torch.no_grad()
-def psnr(ae, size, n, device="cpu"):
-    """Mean PSNR in dB over n held-out scenes; (inputs, outputs) of the first eight as uint8 beside it."""
-    scenes, values, pairs = Scenes(size, "test", seed=1), [], []
+def psnr(ae, size, n, device="cpu", draw=None):
+    """Mean PSNR in dB over n held-out pictures (None: scenes); (inputs, outputs) of the first eight as uint8 beside it."""
+    draw, values, pairs = draw or pictures_of(Config(), "test"), [], []
     for i in range(n):
-        picture = scenes[i][0]
+        picture = draw(i, size)
         out = ae.decode(ae.encode(to_tensor(picture[None]).to(device))).clamp(-1, 1)
         out = ((out[0].permute(1, 2, 0).float().cpu().numpy() + 1) * 127.5).round().astype(np.uint8)
         values.append(10 * np.log10(255**2 / max(1e-9, np.mean((out.astype(float) - picture) ** 2))))
@@ -260,16 +328,22 @@ def train(cfg: Config):
     if cfg.steps < 1 or cfg.eval_every < 1:
         raise UserError(f"steps and eval_every want 1 or more, got {cfg.steps} and {cfg.eval_every}")
     device, _, _ = setup(cfg.device)
+    out, draw, held_out = Path(cfg.out), pictures_of(cfg), pictures_of(cfg, "test")
+    if cfg.encoder:                                                  # the latents are SD3's: its encoder, its scale
+        sd3, own = load_autoencoder(cfg.encoder, device), cfg.autoencoder
+        cfg.autoencoder = replace(sd3.cfg, decoder="tiny", tiny_widths=own.tiny_widths, tiny_blocks=own.tiny_blocks, tiny_groups=own.tiny_groups)
     torch.manual_seed(cfg.seed)
-    out, scenes = Path(cfg.out), Scenes(256)
-    ae, disc = Autoencoder(cfg.autoencoder).to(device, memory_format=torch.channels_last), PatchDiscriminator().to(device)
-    opt = Muon(ae, cfg.lr, cfg.muon_lr)
+    ae, disc = Autoencoder(cfg.autoencoder), PatchDiscriminator().to(device)
+    ae.encoder = sd3.encoder if cfg.encoder else ae.encoder
+    ae = ae.to(device, memory_format=torch.channels_last)
+    learned, lpips = ae.decoder if cfg.encoder else ae, load_lpips(cfg.lpips, device) if cfg.lpips_weight else None
+    opt = Muon(learned, cfg.lr, cfg.muon_lr)
     opt_d = Muon(disc, 2e-4, betas=(0.5, 0.9))
-    ema, start, skipped = EMA(ae, cfg.ema), 0, 0
+    ema, start, skipped = EMA(learned, cfg.ema), 0, 0
     if (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "disc", "optimizer", "optimizer_d"))
         start = saved["step"]
-        load_into(ae, state["model"], cfg.out)
+        load_into(learned, state["model"], cfg.out)
         load_into(disc, state["disc"], cfg.out)
         ema.load_state_dict(state["ema"], saved["ema_steps"])
         opt.load_tensors(state["optimizer"])
@@ -277,7 +351,7 @@ def train(cfg: Config):
         print(f"resumed {resolve(out)} at step {start}")
 
     def save(step):
-        save_checkpoint(out / "checkpoint", {"model": ae.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(),
+        save_checkpoint(out / "checkpoint", {"model": learned.state_dict(), "ema": ema.state_dict(), "disc": disc.state_dict(),
                                              "optimizer": opt.tensors(), "optimizer_d": opt_d.tensors()},
                         {"config": asdict(cfg), "step": step, "ema_steps": ema.steps})
 
@@ -287,9 +361,9 @@ def train(cfg: Config):
     log, clock = Log(out / "log.csv", cfg.steps, start), time.time()
     for step in range(start, cfg.steps):
         opt.schedule(rate(cfg, step))
-        x = batch_of(cfg, step, scenes).to(device, memory_format=torch.channels_last)
+        x = batch_of(cfg, step, draw).to(device, memory_format=torch.channels_last)
         g = torch.Generator(device).manual_seed(cfg.seed * 1000003 + step)   # a function of the step alone, so that resuming is exact
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp), torch.set_grad_enabled(not cfg.encoder):
             mean, logvar = ae.moments(x)
         mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
         kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()
@@ -299,13 +373,16 @@ def train(cfg: Config):
             y = ae.decoder(z)
         y = y.float()
         loss = rec = cfg.l1 * pyramid_l1(y, x) + cfg.mse * F.mse_loss(y, x)
-        loss = loss + cfg.kl * kl
+        if lpips:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = loss + cfg.lpips_weight * lpips(y, x).mean()
+        loss = loss + cfg.kl * kl                                    # of a frozen encoder a constant
         adversarial = step >= cfg.gan_start * cfg.steps
         if adversarial:
             disc.requires_grad_(False)
             loss = loss - cfg.gan_weight * disc(y).mean()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(ae.parameters(), cfg.clip)
+        norm = nn.utils.clip_grad_norm_(learned.parameters(), cfg.clip)
         if torch.isfinite(norm):
             opt.step()
             ema.update()
@@ -329,9 +406,9 @@ def train(cfg: Config):
         if done % cfg.eval_every == 0 or done == cfg.steps or stop:
             with ema.swapped():
                 ae.eval()
-                (small, _), (large, pairs) = psnr(ae, 64, 16, device), psnr(ae, 256, 8, device)
+                (small, _), (large, pairs) = psnr(ae, cfg.size, 16, device, held_out), psnr(ae, 4 * cfg.size, 8, device, held_out)
                 ae.train()
-            print(f"step {done}: held-out PSNR {small:.2f} dB at 64 px, {large:.2f} dB at 256 px")
+            print(f"step {done}: held-out PSNR {small:.2f} dB at {cfg.size} px, {large:.2f} dB at {4 * cfg.size} px")
             recon_picture(pairs).save(out / "recon.png")
             save(done)
             if stop:
@@ -343,10 +420,11 @@ def train(cfg: Config):
 
 @torch.no_grad()
 def export(ae, path, device, cfg, n=256):
-    """Measures the latents' shift and scale over n scenes of 64 px, and writes fp16 weights."""
-    scenes = Scenes(64)
-    z = torch.cat([ae.moments(to_tensor(scenes[i][0][None]).to(device))[0] for i in range(n)])
-    ae.cfg.shift, ae.cfg.scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
+    """Measures the latents' shift and scale over n pictures (a frozen encoder has its own), and writes fp16 weights."""
+    if not cfg.encoder:
+        draw = pictures_of(cfg)
+        z = torch.cat([ae.moments(to_tensor(draw(i, cfg.size)[None]).to(device))[0] for i in range(n)])
+        ae.cfg.shift, ae.cfg.scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
     save_checkpoint(path, {"model": {k: v.half() for k, v in ae.state_dict().items()}}, {"autoencoder": asdict(ae.cfg), "trained": asdict(cfg)}, latest=False)
     print(f"{path}: shift {ae.cfg.shift}, scale {ae.cfg.scale}, {sum(p.numel() for p in ae.parameters()) / 1e6:.2f} M parameters")
 

@@ -30,7 +30,7 @@ from mmdit import MEDIUM, Block, MMDiT, MMDiTConfig, sd3_config
 from model import Layer, count_params
 from optim import Muon
 from sample import TextToLatents, build, chosen, load_model, network_of
-from text import encoding, tokenize
+from text import Text, TextConfig, encoding, load_encoders, tokenize
 
 
 @dataclass
@@ -38,6 +38,7 @@ class Config(train.Config):
     out: str = "runs/kd_nano"
     teacher: str = ""               # a checkpoint or run of ours, a directory in SD3's layout, or a hub id
     teacher_cfg: float = 1.0        # guidance of the teacher's velocity; 1 = none (else it runs twice)
+    teacher_t5: bool = True         # false: SD3's teacher without T5-XXL, 9.5 GB less; its states are zeros
     kd: bool = True                 # L_kd on velocities
     featkd: bool = True             # L_featkd
     student_tap: str = "up0"        # down0 .. mid up0 .. of a UNet, block0 .. of an MMDiT
@@ -76,27 +77,32 @@ class Teacher:
     def __init__(self, cfg: Config, device):
         kind, where = find_teacher(cfg.teacher)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.guidance, self.text = cfg.teacher_cfg, None
+        self.guidance, self.text, self.last = cfg.teacher_cfg, None, None
         if kind == "ours":
             net, config = load_model(where, device)
             net = net.to(dtype)
             self.text, self.denoiser = net.text, net.denoiser
             if self.text.cfg.vocabulary != encoding().n_vocab or self.text.cfg.max_tokens < cfg.text.max_tokens:
                 raise UserError(f"teacher {cfg.teacher} reads another vocabulary or shorter captions ({self.text.cfg.vocabulary} tokens, {self.text.cfg.max_tokens} a caption): train it anew")
-            ids, mask = (x.to(device) for x in tokenize([""]))
-            with torch.no_grad():
-                self.empty = self.text(ids, mask)               # (1, 1, W): for guidance, the same in every batch
         else:
             self.denoiser = MMDiT.from_pretrained(where, dtype, device)
+            folder = where.parent if kind == "sd3" and where.name == "transformer" else where       # the encoders lie beside it
+            self.encoders = load_encoders(TextConfig("sd3", self.denoiser.cfg.context_dim, folder=str(folder), leave_out=[] if cfg.teacher_t5 else ["t5"], dtype=str(dtype).split(".")[1]), device)
+        with torch.no_grad():
+            self.empty = self.encode(*(x.to(device) for x in tokenize([""])))   # (1, L, W): for guidance, the same in every batch
         self.tap = teacher_tap(cfg, self.denoiser.cfg)
         if cfg.compile and device.type == "cuda":
             self.denoiser.compile()
 
     def encode(self, ids, mask):
-        """Our tokens -> Text. A teacher with other encoders decodes them to captions first."""
-        if self.text is None:
-            raise UserError("this teacher is SD3's transformer alone: its text encoders (CLIP-L, CLIP-G, T5) are not part of this repository yet; --dry-run works, training needs a teacher of ours")
-        return self.text(ids, mask)
+        """Our tokens -> Text. SD3's encoders get the captions that the tokens spell (in lower case, as we cut them), once a batch however often it is asked for."""
+        if self.text is not None:
+            return self.text(ids, mask)
+        rows = [row[:n - 1] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]                  # without <end>
+        if self.last is None or self.last[0] != rows:
+            self.last = rows, self.encoders.encode([encoding().decode(row).strip() for row in rows])
+            self.last[1].mask.fill_(True)                       # SD3 reads its padding too
+        return self.last[1]
 
     @torch.no_grad()
     def __call__(self, x, t, ids, mask, features=()):
@@ -109,7 +115,7 @@ class Teacher:
         v, taps = ask(text, features) if features else (ask(text), {})
         if self.guidance != 1:
             n = len(x)
-            v_empty = ask(self.empty._replace(emb=self.empty.emb.expand(n, -1, -1), mask=self.empty.mask.expand(n, -1)))
+            v_empty = ask(Text(*(None if y is None else y.expand(n, *y.shape[1:]) for y in self.empty)))
             v = v_empty + self.guidance * (v - v_empty)
         return v, taps
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
+from checkpoint import hub_folder
 from common import UserError, attention
 
 
@@ -224,14 +225,7 @@ class MMDiT(nn.Module):
     def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
         """From a directory in the hub's layout, or a hub id such as stabilityai/stable-diffusion-3.5-large (gated: log in first). Built on the meta
         device; the files are mapped, so memory holds the weights once. UserError names what is missing."""
-        folder = Path(source)
-        if not folder.exists():
-            try:
-                from huggingface_hub import snapshot_download                            # a dependency of transformers
-                folder = Path(snapshot_download(str(source), allow_patterns=["transformer/*.json", "transformer/*.safetensors"]))
-            except Exception as e:
-                raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`")
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+        folder = hub_folder(source, "transformer")
         cfg = sd3_config(folder)
         with torch.device("meta"):
             net = cls(cfg)

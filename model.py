@@ -314,6 +314,12 @@ class UNet(nn.Module):
         v = self.conv_out(getattr(F, cfg.act)(self.norm_out(x)))                         # (B, in_channels, H, W)
         return (v, {name: taps[name] for name in features}) if features else v
 
+    @staticmethod
+    def from_pretrained(source):
+        """A sibling's published UNet, DreamLite's, from a directory in the hub's layout (convert.py). Our own checkpoints: sample.load_model."""
+        from convert import from_pretrained
+        return from_pretrained(source)
+
 # ------------------------------------------------------------------------------------------------------------------
 # What it costs
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import adv_distill, ane, bench, checker, checkpoint, common, coreml_check, data, decoder, distill, evaluate, export_coreml, mmdit, model, optim, pictures, results, sample, text, train
+import adv_distill, ane, bench, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, losses, mmdit, model, optim, pictures, results, sample, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -1035,13 +1035,11 @@ def test_distillation_resumes_as_uninterrupted_projector_included(teachers, tmp_
 def test_a_hub_directory_in_three_shards_is_a_teacher(teachers, tmp_path):
     sd3_tiny(tmp_path, "120KB", joint_attention_dim=40)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= 3
+    with pytest.raises(UserError, match="text encoder clip_l is not whole"):
+        objective_of(teachers, teacher=str(tmp_path))
+    tiny_encoders(tmp_path)
     objective = objective_of(teachers, teacher=str(tmp_path))
     assert objective.projector.weight.shape == (64, 64, 1, 1) and objective.teacher.tap == "block2"
-    with pytest.raises(UserError, match="text encoders"):
-        objective(*a_batch())
-    torch.manual_seed(0)
-    states = {n: torch.randn(n, 7, 40) for n in (6,)}
-    objective.teacher.encode = lambda ids, mask: text.Text(states[len(ids)], None, torch.ones(6, 24))      # any encoder that returns a Text
     loss, values = objective(*a_batch())
     loss.mean().backward()
     assert torch.isfinite(loss).all() and values["kd"] > 0 and objective.projector.weight.grad.abs().sum() > 0
@@ -1819,6 +1817,358 @@ def test_results_page_holds_what_was_measured(tmp_path):
         "teacher": seeds(0.9)[0]["scores"], "teacher_val": 0.47, "rows": {"alone": {"steps": 600, "seeds": seeds(0.2, 0.4)}, "+ both": {"steps": 600, "seeds": seeds(0.5, 0.6)}}}))
     page = results.write(tmp_path)
     assert "| **0.300** (0.200 - 0.400) |" in page and "| **0.550** (0.500 - 0.600) |" in page and "| 0.4700 | 0.900 (0.880 - 0.920) |" in page and "2 seeds" in page
+
+
+# ---------------------------------------------------------------------------- the published encoders, SD3's autoencoder, DreamLite's UNet
+WORDS = "a red car three dogs left of the blue panda in snow".split()
+
+
+def shaken(net, by=0.05):
+    """Off the zeros and ones of a start, so that every path acts."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(by * torch.randn_like(p))
+    return net.eval()
+
+
+def tiny_encoders(folder, third="t5"):
+    """Random CLIP, CLIP and T5 or Gemma in the hub's layout; the CLIPs' tokenizers are a vocab.json and a merges.txt, number 3's whole words."""
+    import tokenizers
+    import transformers
+    torch.manual_seed(3)
+    letters = sorted(set("".join(WORDS)))
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "r</w>"), ("d", "o")]
+    vocab = ["!", *letters, *[c + "</w>" for c in letters], *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
+    for n, hidden, projection in (("", 16, 8), ("_2", 16, 16)):
+        words = folder / f"tokenizer{n}"
+        words.mkdir(parents=True)
+        (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}))
+        (words / "merges.txt").write_text("#version: 0.2\n" + "".join(" ".join(m) + "\n" for m in merges))
+        (words / "tokenizer_config.json").write_text(json.dumps(dict(tokenizer_class="CLIPTokenizer", model_max_length=77, bos_token="<|startoftext|>", eos_token="<|endoftext|>",
+                                                                     unk_token="<|endoftext|>", pad_token="!" if n else "<|endoftext|>")))     # SD3's second pads by "!"
+        shaken(transformers.CLIPTextModelWithProjection(transformers.CLIPTextConfig(vocab_size=len(vocab), hidden_size=hidden, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,
+            projection_dim=projection, bos_token_id=len(vocab) - 2, eos_token_id=len(vocab) - 1, pad_token_id=0))).save_pretrained(folder / f"text_encoder{n}")
+    vocab = {w: i for i, w in enumerate(["<pad>", "</s>", "<unk>", "<bos>", *WORDS])}
+    whole = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocab, unk_token="<unk>"))
+    whole.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    template = ("$A </s>", [("</s>", 1)]) if third == "t5" else ("<bos> $A", [("<bos>", 3)])
+    whole.post_processor = tokenizers.processors.TemplateProcessing(single=template[0], special_tokens=template[1])
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right" if third == "t5" else "left")
+    if third == "t5":
+        fast.save_pretrained(folder / "tokenizer_3")
+        net = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), d_model=40, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"))
+    else:
+        fast.save_pretrained(folder / "text_encoder_3")                          # beside the weights, as Gemma comes
+        net = transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=len(vocab), hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                                 num_key_value_heads=2, head_dim=12, pad_token_id=0, bos_token_id=3, eos_token_id=1))
+    shaken(net).save_pretrained(folder / "text_encoder_3")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sd3_folder(tmp_path_factory):
+    folder = tiny_encoders(tmp_path_factory.mktemp("sd3"))
+    sd3_tiny(folder, joint_attention_dim=40, pooled_projection_dim=24)
+    return folder
+
+
+CAPTIONS = ["a red car", "", "three dogs left of the blue panda", " ".join(WORDS * 12)]     # the last has 132 words: all three encoders' room but T5's is too small
+
+
+@pytest.mark.parametrize("t5", [True, False], ids=["with-t5", "without-t5"])
+def test_sd3_prompts_are_encoded_as_by_diffusers(sd3_folder, t5):
+    import diffusers
+    import transformers
+    load = lambda kind, sub: getattr(transformers, kind).from_pretrained(sd3_folder, subfolder=sub)
+    pipe = diffusers.StableDiffusion3Pipeline(
+        transformer=diffusers.SD3Transformer2DModel.from_pretrained(sd3_folder, subfolder="transformer"), scheduler=diffusers.FlowMatchEulerDiscreteScheduler(), vae=None,
+        text_encoder=load("CLIPTextModelWithProjection", "text_encoder"), tokenizer=load("AutoTokenizer", "tokenizer"), text_encoder_2=load("CLIPTextModelWithProjection", "text_encoder_2"),
+        tokenizer_2=load("AutoTokenizer", "tokenizer_2"), text_encoder_3=load("T5EncoderModel", "text_encoder_3") if t5 else None, tokenizer_3=load("AutoTokenizer", "tokenizer_3") if t5 else None)
+    with torch.no_grad():
+        emb, _, pooled, _ = pipe.encode_prompt(CAPTIONS, None, None, device="cpu", do_classifier_free_guidance=False)
+    cfg = text.TextConfig("sd3", 40, folder=str(sd3_folder), leave_out=[] if t5 else ["t5"])
+    with text.load_encoders(cfg) as encoders:
+        ours = encoders.encode(CAPTIONS)
+    assert ours.emb.shape == emb.shape == (4, 77 + 256, 40) and ours.pooled.shape == (4, 24) and ours.emb.dtype == torch.float32
+    assert torch.allclose(ours.emb, emb, atol=1e-5) and torch.allclose(ours.pooled, pooled, atol=1e-5)
+    assert emb[:, :77].std() > 0.1 and (emb[:, 77:].std() > 0.1) == t5           # it is not zeros that agree
+    assert ours.mask[3, :77].all() and not ours.mask[1, 2:77].any()
+
+
+def test_snapgen_states_hold_three_encoders_side_by_side_and_any_can_be_dropped(tmp_path):
+    folder = tiny_encoders(tmp_path, "gemma")
+    with text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=20)) as three, text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder))) as one, \
+            text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=30)) as longer:
+        joined, clip, other = three.encode(CAPTIONS[:3]), one.encode(CAPTIONS[:3]), longer.encode(CAPTIONS[:3])
+    assert joined.emb.shape == (3, 97, 48) and clip.emb.shape == (3, 77, 16) and joined.pooled is clip.pooled is None
+    assert three.parts == {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)}
+    assert text.parts_of(text.TextConfig("snapgen")) == {"clip_l": (0, 77, 0, 768), "clip_g": (0, 77, 768, 2048), "gemma": (77, 333, 0, 2304)}      # the sheet's
+    assert torch.allclose(joined.emb[:, :77, :16], clip.emb, atol=1e-6) and torch.equal(joined.mask[:, :77], clip.mask)
+    assert joined.emb[:, :77, 16:32].std() > 0.1 and joined.emb[:, :77, 32:].abs().max() == 0
+    assert joined.mask[:, 77:].sum(1).tolist() == [4, 1, 8]                      # <bos> and the words, from the left
+    real = joined.mask[:, 77:]
+    assert torch.allclose(joined.emb[:, 77:][real], other.emb[:, 77:97][real], atol=1e-5)      # more padding changes no real state
+
+    alone = text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder), tokens=20, leave_out=["gemma"]))(CAPTIONS[:3])     # the phone's way
+    assert torch.equal(alone.emb[:, :77], joined.emb[:, :77]) and alone.emb[:, 77:].abs().max() == 0 and not alone.mask[:, 77:].any()
+
+    text_ = text.Text(*(x.repeat_interleave(400, 0) for x in joined[:2]))        # 1200 captions
+    dropped = text.drop_encoders(text_, three.parts, torch.Generator().manual_seed(0))
+    gone = {n: dropped.emb[:, a:b, c:d].abs().amax((1, 2)) == 0 for n, (a, b, c, d) in three.parts.items()}
+    assert all(g.float().mean().item() == pytest.approx(0.464, abs=0.05) for g in gone.values())
+    assert torch.stack(list(gone.values())).all(0).float().mean().item() == pytest.approx(0.1, abs=0.03)     # independent: 0.464 cubed
+    assert not dropped.mask[gone["gemma"], 77:].any() and not dropped.mask[gone["clip_l"] & gone["clip_g"], 1:77].any() and dropped.mask.any(1).all()
+    kept = ~gone["clip_l"] & ~gone["clip_g"] & ~gone["gemma"]
+    assert kept.any() and torch.equal(dropped.emb[kept], text_.emb[kept]) and torch.equal(dropped.mask[kept], text_.mask[kept])
+    again = text.drop_encoders(text_, three.parts, torch.Generator().manual_seed(0))
+    assert torch.equal(dropped.emb, again.emb)                                   # a function of the generator
+    net = tiny_unet()                                                            # context_dim=48
+    assert torch.isfinite(net(torch.randn(8, 16, 8, 8), torch.rand(8), dropped.emb[:8], dropped.mask[:8])).all()
+
+
+def test_encoders_leave_the_memory(sd3_folder):
+    import weakref
+    encoders = text.load_encoders(text.TextConfig("sd3", 40, folder=str(sd3_folder), dtype="bfloat16"))
+    held = [weakref.ref(p) for _, net in encoders.loaded.values() for p in net.parameters()]
+    state = encoders.encode(CAPTIONS[:1])
+    assert len(held) > 50 and all(r() is not None for r in held) and state.emb.dtype == torch.bfloat16
+    encoders.release()
+    assert not any(r() is not None for r in held) and torch.isfinite(state.emb).all()
+
+
+def test_missing_encoders_say_what_to_download_how_large_and_where(sd3_folder, tmp_path, monkeypatch):
+    for name, parameters in (("clip_l", 123_650_304), ("clip_g", 694_659_840), ("gemma", 2_614_341_888), ("t5", 4_762_310_656)):
+        assert text.parameters_of(name) == parameters                            # the published models'
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)        # no network
+    with pytest.raises(UserError, match=r"clip_l is not whole at stabilityai/.*`hf download stabilityai/.* --include 'text_encoder/\*' 'tokenizer/\*'`.* 0\.25 GB") as e:
+        text.load_encoders(text.TextConfig("clip-l", 768))
+    assert "\n" not in str(e.value)
+    folder = tmp_path / "partly"
+    shutil.copytree(sd3_folder, folder)
+    shutil.rmtree(folder / "text_encoder_3")
+    with pytest.raises(UserError, match=r"t5 is not whole at .*partly/text_encoder_3.*hf download stabilityai/stable-diffusion-3.5-large .*--local-dir .*partly`.* 9\.52 GB.*licence"):
+        text.load_encoders(text.TextConfig("sd3", 40, folder=str(folder)))
+    with pytest.raises(UserError, match=r"gemma is not whole .*hf download google/gemma-2-2b --local-dir .*partly/text_encoder_3`.* 5\.23 GB"):
+        text.load_encoders(text.TextConfig("snapgen", 48, folder=str(folder)))
+    for load, words in ((decoder.load_autoencoder, "vae/.*0.17 GB"), (model.UNet.from_pretrained, "unet/.*0.78 GB"), (mmdit.MMDiT.from_pretrained, "hf auth login")):
+        with pytest.raises(UserError, match=f"no directory models/none.*{words}"):
+            load("models/none")
+    with pytest.raises(UserError, match="0.17 GB"):
+        decoder.train(common.read_config(decoder.Config(), ["--config", str(ROOT / "configs/decoder_sd3.toml"), "encoder=models/none", "device=cpu", f"out={tmp_path / 'run'}"]))
+    from safetensors.torch import load_file, save_file                           # transformers would go on with random weights
+    file = folder / "text_encoder" / "model.safetensors"
+    state = load_file(file)
+    save_file({k: v for k, v in state.items() if "text_projection" not in k}, file, {"format": "pt"})
+    assert text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder))).encode(["a"]).pooled is None     # SDXL's has none, and needs none
+    with pytest.raises(UserError, match="lacks 1 tensors, 'text_projection.weight'"):
+        text.load_encoders(text.TextConfig("sd3", 40, folder=str(folder), leave_out=["t5"]))
+    save_file({k: v for k, v in state.items() if "layers.1" not in k}, file, {"format": "pt"})
+    with pytest.raises(UserError, match="clip_l .* lacks"):
+        text.load_encoders(text.TextConfig("clip-l", 16, folder=str(folder)))
+    for bad in (dict(kind="t5"), dict(kind="sd3", leave_out=["gemma"]), dict(kind="sd3", dtype="fp16"), dict(kind="clip-l", folder=str(sd3_folder), width=7)):
+        with pytest.raises(UserError, match="text encoders"):
+            text.load_encoders(text.TextConfig(**bad))
+
+
+def test_encoders_come_from_the_hub_without_what_is_not_needed(sd3_folder, tmp_path, monkeypatch):
+    import fnmatch
+    hub, cache = tmp_path / "hub", tmp_path / "cache"
+    shutil.copytree(sd3_folder, hub)
+    shutil.copy(hub / "text_encoder" / "model.safetensors", hub / "text_encoder" / "model.fp16.safetensors")     # number 1 has both, the others one
+    def download(name, allow_patterns):
+        for file in (f.relative_to(hub).as_posix() for f in hub.rglob("*") if f.is_file()):
+            if any(fnmatch.fnmatch(file, pattern) for pattern in allow_patterns):
+                (cache / name / file).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(hub / file, cache / name / file)
+        return str(cache / name)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    there, here = (text.load_encoders(text.TextConfig("sd3", 40, folder=f))(CAPTIONS) for f in ("some/model", str(sd3_folder)))
+    assert torch.equal(there.emb, here.emb) and torch.equal(there.pooled, here.pooled)
+    assert sorted(f.relative_to(cache / "some/model").as_posix() for f in cache.rglob("*.safetensors")) == ["text_encoder/model.fp16.safetensors", "text_encoder_2/model.safetensors", "text_encoder_3/model.safetensors"]
+    gemma = tiny_encoders(tmp_path / "gemma", "gemma")
+    shutil.copytree(gemma / "text_encoder_3", hub, dirs_exist_ok=True)           # Gemma lies at the top of its own place; SDXL's two in their folders, as above
+    there, here = (text.load_encoders(text.TextConfig("snapgen", 48, folder=f))(CAPTIONS) for f in ("", str(gemma)))
+    assert torch.equal(there.emb, here.emb) and torch.equal(there.mask, here.mask) and there.mask[:, 77:].any()
+
+
+def test_an_sd3_directory_teaches_with_its_own_encoders_once_a_batch(teachers, sd3_folder, monkeypatch):
+    for kw in (dict(), dict(teacher_t5=False, teacher_cfg=3.0)):
+        objective, calls = objective_of(teachers, teacher=str(sd3_folder), **kw), []
+        encoders, real = objective.teacher.encoders, objective.teacher.encoders.encode
+        assert list(encoders.loaded) == ["clip_l", "clip_g", "t5"][:2 if kw else 3]
+        monkeypatch.setattr(encoders, "encode", lambda captions: calls.append(captions) or real(captions))
+        x0, eps, t, ids, mask = batch = a_batch()
+        loss, values = objective(*batch)
+        loss.mean().backward()
+        objective.teacher(x0, t, ids, mask)                                      # again, as the step distiller asks
+        assert calls == [["a red car", "", "three dogs", "a cat", "a blue panda left of a tree", "a key"]]
+        assert torch.isfinite(loss).all() and values["kd"] > 0 and objective.projector.weight.grad.abs().sum() > 0
+        state, want = objective.teacher.encode(ids, mask), real(calls[0])
+        assert torch.equal(state.emb, want.emb) and torch.equal(state.pooled, want.pooled) and state.mask.all()
+        if not kw:                                                               # and the velocity is diffusers' for these states
+            from diffusers import SD3Transformer2DModel
+            theirs = SD3Transformer2DModel.from_pretrained(sd3_folder, subfolder="transformer")
+            with torch.no_grad():
+                v = theirs(hidden_states=x0, timestep=1000 * t, encoder_hidden_states=want.emb, pooled_projections=want.pooled).sample
+            assert torch.allclose(objective.teacher(x0, t, ids, mask)[0], v, atol=1e-5)
+
+
+def sd3_vae(folder=None, **kw):
+    from diffusers import AutoencoderKL
+    torch.manual_seed(0)
+    theirs = shaken(AutoencoderKL(**{**dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[16, 16, 32, 32], layers_per_block=1,
+        latent_channels=16, norm_num_groups=8, use_quant_conv=False, use_post_quant_conv=False, scaling_factor=1.5305, shift_factor=0.0609), **kw}), 0.02)
+    if folder:
+        theirs.save_pretrained(folder / "vae")
+    return theirs
+
+
+@pytest.mark.parametrize("attention", [True, False])
+def test_sd3s_autoencoder_equals_diffusers(tmp_path, attention):
+    theirs = sd3_vae(tmp_path, mid_block_add_attention=attention, layers_per_block=2)
+    ours, x, z = decoder.load_autoencoder(tmp_path), torch.rand(2, 3, 48, 64) * 2 - 1, torch.randn(2, 16, 6, 8)
+    with torch.no_grad():
+        latents, pictures = (theirs.encode(x).latent_dist.mode() - 0.0609) * 1.5305, theirs.decode(z / 1.5305 + 0.0609).sample
+    assert torch.allclose(ours.encode(x), latents, atol=1e-5) and torch.allclose(ours.decode(z), pictures, atol=1e-5) and latents.std() > 0.05 and pictures.std() > 0.05
+    shutil.move(tmp_path / "vae" / "diffusion_pytorch_model.safetensors", tmp_path / "whole.safetensors")
+    with pytest.raises(UserError, match="has no diffusion_pytorch_model.safetensors"):
+        decoder.load_autoencoder(tmp_path)
+    theirs.half().save_pretrained(tmp_path / "vae", variant="fp16")
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors").is_file()
+    halves = decoder.load_autoencoder(tmp_path / "vae")                          # the folder itself will do
+    assert torch.allclose(halves.decode(z), pictures, atol=2e-2) and halves.decoder.conv_in.weight.dtype == torch.float32
+    file = tmp_path / "vae" / "diffusion_pytorch_model.fp16.safetensors"
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match="damaged"):
+        decoder.load_autoencoder(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint"):
+        decoder.load_autoencoder(tmp_path / "nowhere")
+
+
+def test_sd3s_autoencoder_has_the_real_size():
+    with torch.device("meta"):
+        from diffusers import AutoencoderKL
+        cfg = decoder.AutoencoderConfig()
+        ours = torch.nn.ModuleDict({"encoder": decoder.Encoder(cfg), "decoder": decoder.SD3Decoder(cfg)})
+        theirs = AutoencoderKL(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, block_out_channels=[128, 256, 512, 512], layers_per_block=2,
+                               latent_channels=16, use_quant_conv=False, use_post_quant_conv=False)
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert model.count_params(ours["decoder"]) / 1e6 == pytest.approx(49.55, abs=0.01)         # measured.md
+
+
+def vgg_file(path):
+    """Random weights under the names of the lpips package."""
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    state, C = {}, 3
+    for i, (index, stage, width) in enumerate(zip((0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28), (1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 5, 5, 5), (64, 64, 128, 128, *[256] * 3, *[512] * 6))):
+        state |= {f"net.slice{stage}.{index}.weight": torch.randn(width, C, 3, 3) * (2 / (9 * C)) ** 0.5, f"net.slice{stage}.{index}.bias": 0.1 * torch.randn(width)}
+        C = width
+    state |= {f"lin{k}.model.1.weight": torch.rand(1, C, 1, 1) for k, C in enumerate((64, 128, 256, 512, 512))}
+    save_file(state, path)
+    return state
+
+
+def test_lpips_is_the_papers(tmp_path, capsys):
+    import torch.nn.functional as F
+    state, (a, b) = vgg_file(tmp_path / "vgg.safetensors"), torch.rand(2, 2, 3, 32, 48) * 2 - 1
+    net = losses.load_lpips(str(tmp_path / "vgg.safetensors"))
+    def features(x):                                                             # spelled out: conv + ReLU by number, a pooling before 5, 10, 17, 24
+        x, out = (x - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1), []
+        for stage in range(1, 6):
+            x = F.max_pool2d(x, 2) if stage > 1 else x
+            for k in sorted((k for k in state if k.startswith(f"net.slice{stage}.") and k.endswith("weight")), key=lambda k: int(k.split(".")[2])):
+                x = F.relu(F.conv2d(x, state[k], state[k.replace("weight", "bias")], padding=1))
+            out.append(x / (x.norm(dim=1, keepdim=True) + 1e-10))
+        return out
+    want = sum((state[f"lin{k}.model.1.weight"] * (x - y) ** 2).sum(1).mean((1, 2)) for k, (x, y) in enumerate(zip(features(a), features(b))))
+    assert torch.allclose(net(a, b), want, rtol=1e-4) and (want > 0).all() and net(a, a).abs().max() == 0
+    assert losses.load_lpips(str(tmp_path / "none.safetensors")) is None and "no LPIPS" in capsys.readouterr().out
+    (tmp_path / "bad.safetensors").write_bytes(b"0" * 100)
+    with pytest.raises(UserError, match="losses.py"):
+        losses.load_lpips(str(tmp_path / "bad.safetensors"))
+
+
+@pytest.mark.parametrize("pictures", ["scenes", "folder"])
+def test_the_tiny_decoder_learns_against_sd3s_frozen_encoder(tmp_path, monkeypatch, capsys, pictures):
+    sd3_vae(tmp_path / "sd3", mid_block_add_attention=False)
+    monkeypatch.setattr(decoder.signal, "signal", lambda s, f: None)
+    if pictures == "folder":
+        (tmp_path / "mine").mkdir()
+        for i in range(22):
+            data.Image.fromarray(data.Scenes(64)[i][0]).resize((70 + i, 64)).save(tmp_path / "mine" / f"{i:02}.jpg")
+        (tmp_path / "mine" / "07.jpg").write_bytes(b"broken")
+        mine = decoder.Folder(tmp_path / "mine")
+        assert len(mine.files) == 20 and len(decoder.Folder(tmp_path / "mine", "test").files) == 2
+        assert {mine.picture(i, 32).shape for i in range(100)} == {(32, 32, 3)} and len(mine.files) == 19 and capsys.readouterr().out.count("left out") == 1
+    vgg_file(tmp_path / "vgg.safetensors")
+    tiny = decoder.AutoencoderConfig(tiny_widths=[32] * 4, tiny_blocks=[1] * 4, tiny_groups=8)
+    args = lambda out, **kw: ae_args(tmp_path / out, **{**dict(encoder=str(tmp_path / "sd3"), autoencoder=replace(tiny), size=32, pixels=2048, steps=4, eval_every=2, l1=1.0, mse=0.0, lpips_weight=0.5,
+                                     lpips=str(tmp_path / "vgg.safetensors"), folder=str(tmp_path / "mine") if pictures == "folder" else "", gan_start=0.25), **kw})
+    decoder.train(args("a"))
+    ours, theirs = decoder.load_autoencoder(tmp_path / "a" / "final"), decoder.load_autoencoder(tmp_path / "sd3")
+    assert all(torch.equal(p.half(), q.half()) for p, q in zip(ours.encoder.parameters(), theirs.encoder.parameters())) and (ours.cfg.scale, ours.cfg.shift) == (1.5305, 0.0609)
+    assert isinstance(theirs.decoder, decoder.SD3Decoder) and model.count_params(ours.decoder) == model.count_params(decoder.tiny_decoder(tiny))
+    state = checkpoint.load_checkpoint(tmp_path / "a", ("model", "ema"))[1]
+    torch.manual_seed(0)
+    start = decoder.Autoencoder(replace(ours.cfg)).decoder.state_dict()
+    assert state["model"].keys() == start.keys() and not any(torch.equal(state["model"][k], start[k]) for k in start)     # the decoder alone is kept, and all of it learned
+    capsys.readouterr()
+    if pictures == "scenes":
+        real = decoder.batch_of
+        def interrupted(cfg, step, draw):
+            if step == 3 and not (tmp_path / "b" / "again").exists():
+                (tmp_path / "b" / "again").touch()
+                raise KeyboardInterrupt
+            return real(cfg, step, draw)
+        monkeypatch.setattr(decoder, "batch_of", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            decoder.train(args("b"))
+        decoder.train(args("b"))
+        assert same(state["model"], checkpoint.load_checkpoint(tmp_path / "b")[1]["model"])
+        monkeypatch.setattr(decoder, "batch_of", real)
+        decoder.train(args("c", lpips=str(tmp_path / "none"), steps=1, eval_every=1, gan_start=2.0))
+        assert "no LPIPS" in capsys.readouterr().out
+
+
+DREAMLITE = dict(in_channels=4, out_channels=4, block_out_channels=(256, 512, 896), attention_head_dim=(4, 8, 14), cross_attention_dim=2304, layers_per_block=2, transformer_layers_per_block=(1, 2, 4),
+                 use_linear_projection=True, encoder_hid_dim=2048, encoder_hid_dim_type="text_proj_rms", addition_embed_type="time", addition_time_embed_dim=256,
+                 projection_class_embeddings_input_dim=512, num_kv_heads=1, qk_norm="rms_norm", ff_mult=3, use_sep_conv=True, norm_num_groups=32)      # the published one
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_dreamlite_equals_diffusers(tmp_path, kv_heads):
+    from diffusers import DreamLiteUNetModel
+    torch.manual_seed(0)
+    theirs = shaken(DreamLiteUNetModel(**{**DREAMLITE, **dict(block_out_channels=(16, 32, 64), attention_head_dim=(2, 4, 8), cross_attention_dim=24, encoder_hid_dim=20, addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=16, norm_num_groups=8, num_kv_heads=kv_heads)}))
+    with torch.no_grad():                               # small queries, so that the norm's epsilon shows
+        for name, p in theirs.named_parameters():
+            p.mul_(0.02 if ".to_q." in name else 1)
+    theirs.save_pretrained(tmp_path / "unet")
+    ours = model.UNet.from_pretrained(tmp_path)
+    x, t, context, mask, size = torch.randn(2, 4, 8, 16), torch.tensor([0.1, 0.9]), torch.randn(2, 7, 20), torch.arange(7)[None] < torch.tensor([[7], [4]]), torch.tensor([[64, 64], [96, 40]])
+    with torch.no_grad():
+        ask = lambda size: theirs(x, 1000 * t, context, encoder_attention_mask=mask.float(), added_cond_kwargs={"time_ids": size}).sample
+        v, taps = ours(x, t, context, mask, features=("mid",), size=size)
+        assert torch.allclose(v, ask(size), atol=1e-5) and v.std() > 0.05 and taps["mid"].shape == (2, 64, 2, 4)
+        assert torch.allclose(ours(x, t, context, mask), ask(torch.tensor([[64, 64]] * 2)), atol=1e-5)         # the picture's own size
+    config = json.loads((tmp_path / "unet" / "config.json").read_text())
+    for change, words in ((dict(_class_name="UNet2DConditionModel"), "UNet2DConditionModel"), (dict(encoder_hid_dim_type="text_proj"), "encoder_hid_dim_type=text_proj"),
+                          (dict(attention_head_dim=[2, 2, 2]), "head widths"), (dict(ff_mult=4), "does not fit")):
+        (tmp_path / "unet" / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(UserError, match=words):
+            model.UNet.from_pretrained(tmp_path)
+
+
+def test_dreamlite_has_the_published_size():
+    from diffusers import DreamLiteUNetModel
+    with torch.device("meta"):
+        theirs = DreamLiteUNetModel(**DREAMLITE)
+        ours = convert.DreamLite(*convert.config_of(dict(theirs.config)))
+    assert {k: tuple(v.shape) for k, v in convert.renamed(theirs.state_dict()).items()} == {k: tuple(v.shape) for k, v in ours.state_dict().items()}
+    assert model.count_params(ours) / 1e6 == pytest.approx(389.97, abs=0.01)
 
 
 # ---------------------------------------------------------------------------- the command line
