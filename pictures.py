@@ -26,7 +26,7 @@ from tqdm import tqdm
 from checkpoint import sync
 from common import UserError, setup
 from data import DataConfig, Scenes, encode_pictures
-from text import Text, encoding, join, tokenize
+from text import Text, drop_encoders, encoding, join, parts_of, tokenize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl")
@@ -278,6 +278,8 @@ def make_cache(cfg):
                 write(shard(i // d.shard), lambda p: save_file(tensors, p, {"pictures": json.dumps(about)}))    # one key of metadata: safetensors orders several by chance
                 rows = []
                 bar.set_postfix_str(f"{size / (time.time() - start) / 1e6:.1f} MB/s read")
+    if encode:
+        encode.release()
     seconds = time.time() - start
     if world > 1:
         dist.barrier()
@@ -425,7 +427,10 @@ class Pictures:
         bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k // group, cfg.batch * group, cfg.seed)
         rng, first = random.Random(f"{cfg.seed}/{k}"), k % group * cfg.batch
         rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
-        return self.take(bucket, rows, [rng.random() < cfg.drop_caption for _ in rows])
+        x0, states, mask, *pooled = self.take(bucket, rows, [rng.random() < cfg.drop_caption for _ in rows])
+        if cfg.text.kind == "snapgen":                          # any subset of its encoders will do when sampling
+            states, mask, _ = drop_encoders(Text(states, mask), parts_of(cfg.text), torch.Generator().manual_seed(cfg.seed * 1000003 + k))
+        return x0, states, mask, *pooled
 
 
 @functools.lru_cache(256)

@@ -862,16 +862,19 @@ def frozen_encoder(cfg, device="cpu"):
         ids, mask = torch.nn.functional.pad(ids, (0, pad), value=n - 1), torch.nn.functional.pad(mask, (0, pad))
         out = net(ids, attention_mask=mask.long())
         return text.Text(out.last_hidden_state, mask, out.pooler_output)
+    encode.release = lambda: None
     return encode
 
 
 @pytest.mark.parametrize("arch", ["unet", "mmdit"])
 def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_sample(shared, own, tmp_path, monkeypatch, arch):
-    cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind="clip", data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
+    kind = {"unet": "snapgen", "mmdit": "sd3"}[arch]
+    monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 2, 0, 16), "clip_g": (0, 2, 16, 32), "gemma": (2, 48, 0, 32)})
+    cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind=kind, data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
     loaded = []
     monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or frozen_encoder(c), raising=False)
     pictures.make_cache(cfg)
-    assert loaded == ["clip"]
+    assert loaded == [kind]
     every, held = pictures.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
     bucket, rows = next(iter(every.rows.items()))
     _, *words = every.take(bucket, rows[:3], [False, True, False])
@@ -883,6 +886,11 @@ def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_samp
     captions = [held.captions()[0], ""]
     assert torch.allclose(held.encode(captions).emb[1][:2], frozen_encoder(cfg.text)(captions).emb[1][:2], atol=4e-3) or len(text.tokenize([""])[0][0]) < 2
 
+    states = torch.cat([every.batch(k, 0, 1)[1][:, :1] for k in range(30)])                              # snapgen's parts are dropped one by one, the same again each time
+    gone = (states[..., :16] == 0).all((1, 2)), (states[..., 16:] == 0).all((1, 2))
+    assert all((0.3 < g.float().mean() < 0.62) == (kind == "snapgen") for g in gone) and (gone[0] == gone[1]).all() == (kind != "snapgen")
+    assert torch.equal(every.batch(7, 0, 1)[1], every.batch(7, 0, 1)[1])
+
     monkeypatch.setattr(text, "load_encoders", lambda c, d: pytest.fail("training loaded an encoder"))
     train.train(cfg)
     state = weights(tmp_path / "run")["model"]
@@ -893,7 +901,7 @@ def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_samp
         for p in net.denoiser.parameters():                 # off the zeros of the start
             p.add_(0.05 * torch.randn_like(p))
     a, b = sample.generate(net, tiny_ae(), ["a dog", "a red car"], [1, 1], steps=2)
-    assert loaded == ["clip", 32] and a.shape == (64, 64, 3) and not np.array_equal(a, b)
+    assert loaded == [kind, 32] and a.shape == (64, 64, 3) and not np.array_equal(a, b)
 
 
 # ---------------------------------------------------------------------------- distill.py
