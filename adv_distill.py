@@ -1,6 +1,7 @@
 """Adversarial step distillation (SnapGen, section 3.4): a student of 28 guided steps becomes one of K steps without guidance.
 
     python adv_distill.py [--config configs/adv_nano.toml] [key=value ...]      trains; run it again to resume
+    python adv_distill.py --config configs/adv_sd35.toml --dry-run              parameters, memory, FLOPs, days (plan.py); trains nothing
     python evaluate.py --figure runs/kd_nano runs/adv_nano --out steps.png      before and after at 1, 2, 4, 8 and 28 steps, and the scores against steps
 
     min_G max_D  E[ log D(x_t', t') + log(1 - D(x~_t', t')) ] + S(L_task, L_kd)
@@ -15,23 +16,23 @@ import copy, os, signal, sys, time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-import distill
-from checkpoint import load_checkpoint, load_into, save_checkpoint
-from common import Log, UserError, anywhere, fill, friendly, pick_device, read_config, read_log, setup, start_others, use_bfloat16
+import distill, plots
+from checkpoint import load_checkpoint, load_into, read_description, resolve, save_checkpoint
+from common import Log, UserError, anywhere, fill, friendly, pick_device, read_config, setup, start_others, use_bfloat16
 from data import grid
-from distill import Distill, Teacher, tap_names, tap_shape
+from distill import Distill, Teacher, teacher_network
 from model import count_params
 from optim import EMA, Muon
-from sample import euler, generate, load_model, settings, times, to_pictures
-from train import Batches, FlowConfig, Validation, chart, draw_times, flow_loss, load_data, rate, shown_prompts
+from plan import forward_flops, frozen, report, tap_names, tap_shape, trained
+from sample import chosen, euler, generate, load_model, network_of, settings, times, to_pictures
+from train import Batches, FlowConfig, Validation, draw_times, flow_loss, load_data, rate, shown_prompts
 
 
 @dataclass
@@ -189,22 +190,6 @@ def verdict(h: dict) -> list[str]:
     return lines
 
 
-def plot(csv_path, out):
-    """Left the discriminator, right the predictions against real pictures."""
-    rows = read_log(csv_path)
-    line = lambda value, *need: [(int(r["step"]), max(1e-3, value(r))) for r in rows if all(r.get(k) for k in need) and np.isfinite(value(r))]
-    number = lambda k: line(lambda r: float(r[k]), k)
-    charts = [chart([(number("d_real"), (40, 90, 220)), (number("d_fake"), (220, 110, 30)), (number("accuracy"), (150, 150, 150))], "blue: D(real)  orange: D(fake)  grey: accuracy", 480, 320),
-              chart([(number("spread"), (40, 90, 220)), (line(lambda r: float(r["pixel_std"]) / float(r["real_std"]), "pixel_std", "real_std"), (220, 110, 30))],
-                    "over real ones: blue spread, orange pixels' deviation", 480, 320)]
-    if any(charts):
-        image = Image.new("RGB", (960, 320), (255, 255, 255))
-        for k, c in enumerate(charts):
-            if c:
-                image.paste(c, (480 * k, 0))
-        image.save(out)
-
-
 # ---------------------------------------------------------------------------- the loop
 def exchange(module):
     """Gradients become their mean over processes."""
@@ -222,8 +207,8 @@ def distil(cfg: Config):
     for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init")), ("sampler", ("euler", "renoise"))):
         if getattr(cfg, key) not in allowed:
             raise UserError(f"{key} '{getattr(cfg, key)}': use {', '.join(allowed)}")
-    if cfg.featkd or cfg.accumulate != 1:
-        raise UserError("featkd and accumulate are distill.py's: leave them out here (a larger batch serves for accumulate)")
+    if cfg.featkd or cfg.accumulate != 1 or cfg.shard:
+        raise UserError("featkd, accumulate and shard are distill.py's: leave them out here (a larger batch serves for accumulate)")
     device, rank, world = setup(cfg.device)
     out, main, amp_on = Path(cfg.out), rank == 0, use_bfloat16(cfg.amp, device)
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
@@ -287,7 +272,7 @@ def distil(cfg: Config):
         print(f"step {step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()) + f"; skipped {skipped}", flush=True)
         for line in verdict(h):
             print(f"step {step}: {line}", flush=True)
-        plot(out / "log.csv", out / "health.png")
+        plots.health(out / "log.csv", out / "health.png")
 
     def update(name: str):
         """One step of one player. A gradient that is not finite is counted and dropped: weights, average and moments stay as they were."""
@@ -397,9 +382,36 @@ def distil(cfg: Config):
         print(f"done: {out}/samples_{step:07d}.png, {out}/health.png; try `python sample.py \"a red car\" --ckpt {out}`")
 
 
+def dry_run(cfg: Config) -> dict:
+    """All players. The student is the config's own where `init` is not there yet."""
+    try:
+        student = network_of(read_description(resolve(cfg.init)), cfg.init)
+    except UserError:
+        student = chosen(cfg.arch, cfg.model, cfg.mmdit)
+    teacher = teacher_network(cfg.teacher) if cfg.teacher else student
+    seen, turns, guided = replace(teacher if cfg.critic == "teacher" else student, checkpoint=student.checkpoint), 1 / cfg.generator_every, 1 + (cfg.teacher_cfg != 1)
+    S, T, D = (forward_flops(n, cfg.data.size, cfg.tokens) for n in (student, teacher, seen))
+    gan, dmd = cfg.method != "dmd", cfg.method != "gan"
+    parts, flops = [trained(cfg, "generator", student, muon_lr=cfg.muon_lr)], S + turns * (2 * S + bool(cfg.kd_weight) * cfg.kd_steps * guided * T)
+    parts.append(frozen(cfg, "teacher", teacher if cfg.critic != "teacher" else seen, gan and cfg.critic == "teacher"))
+    if gan:
+        with torch.device("meta"):
+            heads = Critic(cfg, SimpleNamespace(denoiser=SimpleNamespace(cfg=seen)))
+        parts.append(trained(cfg, "critic", beside=heads, average=False))
+        flops += (2 + bool(cfg.r1)) * D + turns * 2 * D         # real, fake, near; for G forward, and back to its input
+        if cfg.critic != "teacher":
+            parts.append(frozen(cfg, "features", seen, True))
+    if dmd:
+        parts.append(trained(cfg, "fake", student, average=False))
+        flops += 3 * S + turns * (guided * T + S)
+    return report(cfg, parts, flops)
+
+
 if __name__ == "__main__":
     with friendly():
-        config = read_config(Config(), sys.argv[1:], "configs/adv_nano.toml")
+        config = read_config(Config(), [a for a in sys.argv[1:] if a != "--dry-run"], "configs/adv_nano.toml")
+        if "--dry-run" in sys.argv:
+            sys.exit(dry_run(config) and 0)
         if config.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(config.device).type == "cpu":
             start_others(config.processes)
         distil(config)

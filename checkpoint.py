@@ -5,9 +5,10 @@ A checkpoint is a directory, never a pickle:
     model.safetensors       weights as trained          (what the hub's from_pretrained expects)
     ema.safetensors         their moving average        (what sampling uses when it is there)
     optimizer.safetensors   optimiser moments, only in runs that can be resumed
+A run that is sharded (shard.py) writes model/, ema/, .. instead, each with one safetensors file a process; they load alike.
 `latest` beside the checkpoints of a run is a text file that names the newest one.
 """
-import json, os, shutil, zlib
+import contextlib, json, os, shutil, warnings, zlib
 from pathlib import Path
 
 import torch
@@ -27,9 +28,10 @@ def crc32(path: Path) -> int:
     return value
 
 
-def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool = True):
-    """Writes {name}.safetensors for each entry of `tensors` and config.json into the directory `path`, all or nothing:
-    into a temporary directory, synced, then renamed. UserError when the disk is full; what was saved before stays."""
+@contextlib.contextmanager
+def replacing(path, latest: bool = True):
+    """A temporary directory to write into; when the block ends it is synced and takes the place of `path`, all or nothing. UserError when the disk is full;
+    what was saved before stays. latest: the run's pointer names it then."""
     path = Path(path)
     tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
     try:
@@ -38,14 +40,7 @@ def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool =
         for p in (tmp, old):
             shutil.rmtree(p, ignore_errors=True)
         tmp.mkdir(parents=True)
-        config = {**config, "version": VERSION, "crc32": {}}
-        for name, state in tensors.items():
-            file = tmp / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, file)  # safetensors refuses channels_last
-            sync(file)
-            config["crc32"][file.name] = crc32(file)
-        (tmp / "config.json").write_text(json.dumps(config, indent=1))
-        sync(tmp / "config.json")
+        yield tmp
         sync(tmp)
         if path.exists():
             path.rename(old)
@@ -64,6 +59,23 @@ def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool =
         if is_disk_full(e):
             raise UserError(f"the disk is full: {path} was not written, older checkpoints are whole; free some space and resume") from e
         raise
+
+
+def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool = True):
+    """Writes {name}.safetensors for each entry of `tensors` and config.json into the directory `path`, all or nothing."""
+    with replacing(path, latest) as tmp:
+        sums = {}
+        for name, state in tensors.items():
+            file = tmp / f"{name}.safetensors"
+            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, file)  # safetensors refuses channels_last
+            sync(file)
+            sums[file.name] = crc32(file)
+        write_config(tmp, config, sums)
+
+
+def write_config(folder: Path, config: dict, sums: dict):
+    (folder / "config.json").write_text(json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1))
+    sync(folder / "config.json")
 
 
 def sync(path: Path):
@@ -89,31 +101,49 @@ def resolve(path) -> Path:
     return path
 
 
-def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
-    """Returns (config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
-    UserError when a file is missing, cut short or altered."""
-    path = resolve(path)
+def read_description(path: Path) -> dict:
+    """Its config.json."""
     try:
-        config = json.loads((path / "config.json").read_text())
+        return json.loads((path / "config.json").read_text())
     except FileNotFoundError:
         raise UserError(f"{path} has no config.json: it is not a checkpoint of ours, or a half-written one; use another directory")
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise UserError(f"{path}/config.json is damaged ({e}): use an older checkpoint of the run")
-    out = {}
+
+
+def files_of(path: Path, config: dict, name: str) -> list[Path]:
+    """Of an entry of a checkpoint: its file, or those of its folder; none if it has no such entry."""
+    known = [path / f for f in config.get("crc32", {}) if f == f"{name}.safetensors" or f.startswith(f"{name}/")]
+    return known or [f for f in [path / f"{name}.safetensors"] if f.is_file()]
+
+
+def check_file(path: Path, config: dict, file: Path):
+    if not file.is_file():
+        raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an older one")
+    expected = config.get("crc32", {}).get(file.relative_to(path).as_posix())
+    if expected is not None and crc32(file) != expected:
+        raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older checkpoint of the run")
+
+
+def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
+    """Returns (config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
+    UserError when a file is missing, cut short or altered."""
+    path = resolve(path)
+    config, out = read_description(path), {}
     for name in names:
-        file = path / f"{name}.safetensors"
-        if not file.is_file():
-            if name == names[0] or file.name in config.get("crc32", {}):
-                raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an older one")
+        files = files_of(path, config, name)
+        if not files and name != names[0]:
             continue
+        for file in files or [path / f"{name}.safetensors"]:
+            check_file(path, config, file)
         try:
-            expected = config.get("crc32", {}).get(file.name)
-            if expected is not None and crc32(file) != expected:
-                raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older checkpoint of the run")
-            with safe_open(file, framework="pt") as f:
-                out[name] = {k: f.get_tensor(k) for k in f.keys()}
+            if files[0].parent == path:
+                with safe_open(files[0], framework="pt") as f:
+                    out[name] = {k: f.get_tensor(k) for k in f.keys()}
+            else:
+                out[name] = join(files[0].parent)
         except SafetensorError as e:
-            raise UserError(f"{file} is damaged or half-written ({e}): use an older checkpoint of the run")
+            raise UserError(f"{files[0]} is damaged or half-written ({e}): use an older checkpoint of the run")
     return config, out
 
 
@@ -146,14 +176,29 @@ def hub_tensors(folder: Path) -> dict:
     return state
 
 
-def load_into(module: torch.nn.Module, state: dict, what: str):
-    """load_state_dict, with the first difference named in one line."""
-    own = module.state_dict()
+def join(folder: Path) -> dict:
+    """Whole tensors from the files of several processes."""
+    import torch.distributed.checkpoint as dcp
+    reader = dcp.HuggingFaceStorageReader(folder)
+    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)        # "assuming the intent is to load in a single process": it is
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def check_fit(own: dict, state: dict, what: str):
+    """UserError names the first key in which two {key: shape} differ."""
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    wrong = [k for k in own.keys() & state.keys() if own[k] != state[k]]
     if missing or extra or wrong:
         first = (f"lacks '{missing[0]}'" if missing else f"has an unknown '{extra[0]}'" if extra else
-                 f"'{wrong[0]}' has shape {tuple(state[wrong[0]].shape)}, the config wants {tuple(own[wrong[0]].shape)}")
+                 f"'{wrong[0]}' has shape {tuple(state[wrong[0]])}, the config wants {tuple(own[wrong[0]])}")
         raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+
+
+def load_into(module: torch.nn.Module, state: dict, what: str):
+    """load_state_dict, with the first difference named in one line."""
+    check_fit({k: v.shape for k, v in module.state_dict().items()}, {k: v.shape for k, v in state.items()}, what)
     module.load_state_dict(state)
     return module

@@ -155,6 +155,13 @@ def anywhere(flag: bool, world: int) -> bool:
     return any(flags)
 
 
+def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
+    """The mean of the processes' values."""
+    if world > 1:
+        dist.all_reduce(x)
+    return x / world
+
+
 def use_bfloat16(amp: str, device: torch.device) -> bool:
     """amp: bfloat16, float32, or auto: bfloat16 on CUDA and on CPUs with instructions for it (twice as fast in training; elsewhere many times slower)."""
     if amp not in ("auto", "bfloat16", "float32"):

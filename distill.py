@@ -2,7 +2,7 @@
 
     python distill.py [--config configs/kd_nano.toml] [key=value ...]       trains as train.py does, and resumes as it does
     python distill.py --plot runs/kd_nano                                   mean |L_task| and |L_kd| against t, before and after scaling
-    python distill.py --config configs/kd_sd35.toml --dry-run               parameters and memory of teacher and student; trains nothing
+    python distill.py --config configs/kd_sd35.toml --dry-run               parameters, memory, FLOPs, days (plan.py); trains nothing
 
     L = S(L_task, L_kd) + S(L_task, L_featkd),   S(L_task, L_x) = E_t[ a_t L_task + (1 - a_t) |L_task| / |L_x| L_x ]
 
@@ -12,8 +12,7 @@ kd=false featkd=false is train.py.
 B batch | C channels of the student's tap | D of the teacher's | h w its grid
 """
 import os, re, sys
-from collections import defaultdict
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,15 +20,14 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image
 
-import train
-from checkpoint import load_checkpoint, resolve
-from common import UserError, friendly, pick_device, read_config, read_log, start_others
-from mmdit import MEDIUM, Block, MMDiT, MMDiTConfig, sd3_config
-from model import Layer, count_params
-from optim import Muon
-from sample import TextToLatents, build, chosen, load_model, network_of
+import plots, train
+from checkpoint import read_description, resolve
+from common import UserError, friendly, pick_device, read_config, start_others
+from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
+from model import count_params
+from plan import forward_flops, frozen, report, tap_shape, trained, training_flops
+from sample import TextToLatents, chosen, load_model, network_of
 from text import Text, TextConfig, encoding, load_encoders, tokenize
 
 
@@ -47,8 +45,6 @@ class Config(train.Config):
     scaling: str = "timestep"       # a_t; or constant: `alpha` at every t
     alpha: float = 0.5
     ratio: str = "sample"           # |L_task| / |L_x| of each picture; bin: of running means in 8 bins of t; none: 1
-    tokens: int = 16                # of a caption, for --dry-run
-    gpu_gb: float = 80.0            # GiB of the GPU that --dry-run asks about
 
 
 # ---------------------------------------------------------------------------- the teacher
@@ -91,6 +87,7 @@ class Teacher:
         with torch.no_grad():
             self.empty = self.encode(*(x.to(device) for x in tokenize([""])))   # (1, L, W): for guidance, the same in every batch
         self.tap = teacher_tap(cfg, self.denoiser.cfg)
+        self.denoiser.cfg.checkpoint = chosen(cfg.arch, cfg.model, cfg.mmdit).checkpoint    # as the student: where gradients pass through it to its input (adv_distill.py)
         if cfg.compile and device.type == "cuda":
             self.denoiser.compile()
 
@@ -141,24 +138,6 @@ class TaskWeight:
 
     def __call__(self, t):
         return torch.exp(self.log_density(torch.logit(t.float(), 1e-6)) - self.peak).clamp(max=1)   # (B,)
-
-
-def tap_names(network) -> list[str]:
-    if isinstance(network, MMDiTConfig):
-        return [f"block{i}" for i in range(network.layers)]
-    stages = range(len(network.widths))
-    return [f"down{i}" for i in stages] + ["mid"] + [f"up{i}" for i in stages]
-
-
-def tap_shape(network, tap: str, size: int) -> tuple[int, int, int]:
-    """(C, h, w) of a network's feature, from a pass on the meta device."""
-    with torch.device("meta"), torch.no_grad():
-        net = build(network)
-        names = tap_names(network)
-        if tap not in names:
-            raise UserError(f"no tap '{tap}' in the {type(net).__name__}: it has " + ", ".join(names))
-        return tuple(net(torch.empty(1, network.in_channels, size // 8, size // 8), torch.empty(1), torch.empty(1, 1, network.context_dim), features=(tap,),
-                         **({"pooled": torch.empty(1, network.pooled_dim)} if isinstance(network, MMDiTConfig) else {}))[1][tap].shape[1:])
 
 
 def make_projector(kind: str, C: int, D: int) -> nn.Module:
@@ -241,107 +220,30 @@ class Distill(nn.Module):
         return total, values
 
 
-# ---------------------------------------------------------------------------- --plot
-def plot(run):
-    """RUN/scaling.png: mean losses in 8 bins of t over the last half of the run, left as they are, right as they enter L."""
-    rows = [r for r in read_log(Path(run) / "log.csv") if r.get("bin_task_scaled0")]
-    rows, charts = rows[len(rows) // 2:], []
-    if not rows:
-        raise UserError(f"{run}/log.csv holds no distillation: give a run of distill.py with kd or featkd, after its first log line")
-    print(f"{run}/scaling.png, over {len(rows)} log lines; means per bin of t:")
-    for suffix, title in (("", "as they are"), ("_scaled", "as they enter L")):
-        lines = []
-        for name, colour, word in (("task", (40, 90, 220), "blue"), ("kd", (220, 110, 30), "orange"), ("feat", (60, 150, 70), "green")):
-            table = np.array([[float(r[f"bin_{name}{suffix}{b}"]) for b in range(8)] for r in rows if r.get(f"bin_{name}{suffix}0")])       # (lines, 8); nan: no picture fell there
-            if len(table):
-                means = [np.mean(column[np.isfinite(column)]) if np.isfinite(column).any() else np.nan for column in table.T]
-                print(f"{name + suffix:12} " + " ".join(f"{v:.4f}" for v in means))
-                lines.append(([((b + 0.5) / 8, v) for b, v in enumerate(means) if v > 0], colour))
-                title += f"   {word}: L_{name}"
-        charts.append(train.chart(lines, f"t = 0 (picture) .. 1 (noise); {title}", 480, 320))
-    image = Image.new("RGB", (960, 320), (255, 255, 255))
-    for k, c in enumerate(c for c in charts if c):
-        image.paste(c, (480 * k, 0))
-    image.save(Path(run) / "scaling.png")
-
-
 # ---------------------------------------------------------------------------- --dry-run
-def activations(network, batch: int, size: int, tokens: int, amp: bool) -> tuple[int, int]:
-    """Bytes that a training pass of a UNet or MMDiT keeps for its backward pass, and those of its greediest layer alone, which is also about what a pass
-    without gradients holds at a time. Counted, not modelled: a forward pass on fake tensors (meta tensors that know autocast) under autograd's saved-tensor
-    hooks, each storage once, parameters left out. With checkpoint: the layers' inputs, what lies between them, and the greediest layer.
-    Not in it: the temporaries of a kernel, the allocator's fragments (10 % is a fair allowance)."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    kept, inputs, unit = {}, {}, [None]
-
-    def enter(module, args):
-        unit[0] = module
-        inputs.update({x.untyped_storage()._cdata: x for x in args if torch.is_tensor(x)})
-
-    def pack(x):                                                # keeps x, lest a later tensor gets its address
-        kept.setdefault(x.untyped_storage()._cdata, (x, unit[0]))
-        return x
-    with FakeTensorMode():
-        net = build(replace(network, checkpoint=False))
-        for m in net.modules():
-            if isinstance(m, (Layer, Block)):
-                m.register_forward_pre_hook(enter)
-                m.register_forward_hook(lambda *_: unit.__setitem__(0, None))
-        args = [torch.empty(batch, network.in_channels, size // 8, size // 8), torch.empty(batch), torch.empty(batch, tokens, network.context_dim), torch.empty(batch, tokens, dtype=torch.bool)]
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            net(*args, **({"pooled": torch.empty(batch, network.pooled_dim)} if isinstance(network, MMDiTConfig) else {}))
-    for p in net.parameters():
-        kept.pop(p.untyped_storage()._cdata, None)
-    of = defaultdict(int)
-    for x, where in kept.values():
-        of[where] += x.untyped_storage().nbytes()
-    greediest, total = max(v for k, v in of.items() if k is not None), sum(of.values())
-    if network.checkpoint:
-        total = of[None] + greediest + sum(x.untyped_storage().nbytes() for k, x in inputs.items() if k not in kept or kept[k][1] is not None)
-    return total, greediest
-
-
 def teacher_network(name: str):
     """The config of the teacher's network, from files alone (a hub id: from its name)."""
     kind, where = find_teacher(name)
     if kind == "hub":
         return MMDiTConfig(**(MEDIUM if "medium" in where else {}))
-    if kind == "sd3":
-        return sd3_config(where)
-    return network_of(load_checkpoint(where)[0], where)
+    return sd3_config(where) if kind == "sd3" else network_of(read_description(where), where)
 
 
 def dry_run(cfg: Config) -> dict:
-    """Prints, and returns in numbers, what the two networks need. The text encoders are not counted."""
-    student, teacher, amp, GiB = chosen(cfg.arch, cfg.model, cfg.mmdit), teacher_network(cfg.teacher), cfg.amp != "float32", 2**30
+    student, teacher = chosen(cfg.arch, cfg.model, cfg.mmdit), teacher_network(cfg.teacher)
     with torch.device("meta"):
-        nets = nn.ModuleDict({"net": build(student)})
-        theirs = build(teacher)
-        if cfg.featkd:
-            C, D = tap_shape(student, cfg.student_tap, cfg.data.size)[0], tap_shape(teacher, teacher_tap(cfg, teacher), cfg.data.size)[0]
-            nets["projector"] = make_projector(cfg.projector, C, D)
-        optimiser = sum(p.numel() * (4 if g["muon"] else 8) for g in Muon(nets, cfg.lr, cfg.muon_lr).param_groups for p in g["params"])
-    n, n_T, n_own = count_params(nets["net"]), count_params(theirs), count_params(nets)
-    out = {"teacher": n_T, "student": n, "teacher_weights": 2 * n_T, "teacher_activations": activations(teacher, cfg.batch, cfg.data.size, cfg.tokens, amp)[1],
-           "weights": 4 * n_own, "gradients": 4 * n_own, "average": 4 * n, "optimiser": optimiser, "activations": activations(student, cfg.batch, cfg.data.size, cfg.tokens, amp)[0]}
-    parts = lambda *keys: ", ".join(f"{k.split('_')[-1]} {out[k] / GiB:.2f}" for k in keys)
-    total = sum(out[k] for k in out if k not in ("teacher", "student")) / GiB
-    print(f"batch {cfg.batch} of {cfg.data.size} px, captions of {cfg.tokens} tokens, {'bfloat16' if amp else 'float32'}; GiB, text encoders not counted")
-    print(f"teacher {n_T / 1e6:9.2f} M {type(theirs).__name__:5}  {parts('teacher_weights', 'teacher_activations')}")
-    print(f"student {n / 1e6:9.2f} M {type(nets['net']).__name__:5}  {parts('weights', 'gradients', 'average', 'optimiser', 'activations')}" + (f" (projector of {(n_own - n) / 1e6:.2f} M included)" if n_own > n else ""))
-    fits = 1.1 * total < cfg.gpu_gb
-    print(f"in all {total:.1f}, with a tenth for fragments {1.1 * total:.1f}: " + (f"fits a GPU of {cfg.gpu_gb:g}" if fits else f"does NOT fit a GPU of {cfg.gpu_gb:g}: lower batch (and raise accumulate), or set model.checkpoint=true"))
-    return {**out, "total": total, "fits": fits}
+        beside = make_projector(cfg.projector, *(tap_shape(n, tap, cfg.data.size)[0] for n, tap in ((student, cfg.student_tap), (teacher, teacher_tap(cfg, teacher))))) if cfg.featkd else None
+    flops = training_flops(cfg, student) + (1 + (cfg.teacher_cfg != 1)) * forward_flops(teacher, cfg.data.size, cfg.tokens)
+    return report(cfg, [frozen(cfg, "teacher", teacher), trained(cfg, "student", student, beside, muon_lr=cfg.muon_lr)], flops)
 
 
 def main(argv):
     if argv[:1] == ["--plot"]:
         if len(argv) != 2:
             raise UserError("--plot wants a run's directory, such as runs/kd_nano")
-        return plot(argv[1])
-    dry = "--dry-run" in argv
+        return plots.scaling(argv[1])
     cfg = read_config(Config(), [a for a in argv if a != "--dry-run"], "configs/kd_nano.toml")
-    if dry:
+    if "--dry-run" in argv:
         return dry_run(cfg)
     if cfg.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(cfg.device).type == "cpu":
         start_others(cfg.processes)

@@ -26,8 +26,9 @@ from checkpoint import resolve
 from common import ASSETS, ROOT, UserError, fill, friendly, provenance, read_config, setup
 from data import CATEGORIES, DataConfig, Scene, Scenes, grid
 from decoder import load_autoencoder
+from plots import chart
 from sample import SAMPLERS, Bundle, generate, load_model, settings
-from train import Config, chart, shown_prompts
+from train import Config, shown_prompts
 
 # ---------------------------------------------------------------------------- distances between sets of pictures
 def frechet(a, b) -> float:

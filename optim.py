@@ -8,6 +8,12 @@ import contextlib
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+from torch.distributed.tensor import DTensor
+
+
+def rows(x):
+    """Of a tensor whose rows are cut over processes (shard.py), this one's rows; any other tensor as it is. They share memory."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
@@ -38,6 +44,30 @@ def orthogonalise_all(grads):
     return out
 
 
+def orthogonalise_rows(parts, heights):
+    """The same for matrices of heights[i] rows that are cut over the processes as FSDP2 cuts them, in chunks of ceil(height / world): parts[i] (m, n) are this
+    process' rows. All rows of a matrix travel to the one process that does it, and the result's rows travel back, all matrices in one exchange each way."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    order = sorted(range(len(parts)), key=lambda i: -heights[i] * parts[i].shape[1])
+    owned = [order[r::world] for r in range(world)]
+
+    def count(i, r):                                                 # numbers of matrix i that lie on process r
+        chunk = -(-heights[i] // world)
+        return min(chunk, max(0, heights[i] - r * chunk)) * parts[i].shape[1]
+    there = [sum(count(i, rank) for i in owned[r]) for r in range(world)]      # of my rows, those that r does
+    here = [sum(count(i, r) for i in owned[rank]) for r in range(world)]       # of r's rows, those that I do
+    sent = torch.cat([parts[i].flatten() for r in range(world) for i in owned[r]])
+    received = sent.new_empty(sum(here))
+    dist.all_to_all_single(received, sent, here, there)
+    chunks = [dict(zip(owned[rank], c.split([count(i, r) for i in owned[rank]]))) for r, c in enumerate(received.split(here))]
+    whole = {i: orthogonalise(torch.cat([c[i] for c in chunks]).view(heights[i], -1)).float().flatten() for i in owned[rank]}      # fp32: not every backend knows bfloat16
+    pieces = {i: u.split([count(i, r) for r in range(world)]) for i, u in whole.items()}
+    back = torch.cat([received[:0]] + [pieces[i][r] for r in range(world) for i in owned[rank]])
+    dist.all_to_all_single(sent, back, there, here)
+    out = dict(zip([i for r in range(world) for i in owned[r]], sent.split([count(i, rank) for r in range(world) for i in owned[r]])))
+    return [out[i].view_as(p) for i, p in enumerate(parts)]
+
+
 class Muon(torch.optim.Optimizer):
     """Matrices (pointwise and dense convolutions as (C_out, C_in*k*k), linears) by Muon with `muon_lr`; embeddings, depthwise kernels, norms and
     biases by AdamW with `lr`. muon_lr=0: AdamW for all. Decoupled weight decay on everything with two dimensions or more.
@@ -47,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         groups = {"muon": [], "decay": [], "rest": []}
         for p in module.parameters():
-            matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and id(p) not in tables
+            matrix = p.ndim > 1 and min(p.shape[0], p.numel() // p.shape[0]) >= 16 and id(p) not in tables
             groups["muon" if matrix and muon_lr else "decay" if p.ndim > 1 else "rest"].append(p)
         super().__init__([dict(params=ps, muon=name == "muon", lr=muon_lr if name == "muon" else lr, peak=muon_lr if name == "muon" else lr,
                                weight_decay=0.0 if name == "rest" else weight_decay) for name, ps in groups.items() if ps], dict(betas=betas))
@@ -56,26 +86,32 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = group["peak"] * factor
 
+    def states(self, group, params):
+        """The moments of parameters, zeros at first; those of a sharded one are sharded as it is."""
+        for p in params:
+            if ("momentum" if group["muon"] else "step") not in self.state[p]:
+                self.state[p].update({"momentum": torch.zeros_like(p)} if group["muon"] else {"step": torch.tensor(0.0), "m": torch.zeros_like(p), "v": torch.zeros_like(p)})
+        return [self.state[p] for p in params]
+
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            lr, (b1, b2), grads = group["lr"], group["betas"], [p.grad for p in params]
-            torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+            lr, (b1, b2), states = group["lr"], group["betas"], self.states(group, params)
+            values, grads = [rows(p) for p in params], [rows(p.grad) for p in params]
+            torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
             if group["muon"]:
-                momenta = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in params]
+                momenta = [rows(s["momentum"]) for s in states]
                 torch._foreach_lerp_(momenta, grads, 0.05)
                 ahead = [g.lerp(m, 0.95).flatten(1) for g, m in zip(grads, momenta)]     # Nesterov's look ahead
-                for p, g, u in zip(params, ahead, orthogonalise_all(ahead)):
-                    p.add_(u.view_as(p), alpha=-lr * max(1, g.shape[0] / g.shape[1]) ** 0.5)
+                heights = [p.shape[0] for p in params]
+                directions = orthogonalise_rows(ahead, heights) if isinstance(params[0], DTensor) else orthogonalise_all(ahead)
+                for v, g, u, height in zip(values, ahead, directions, heights):
+                    v.add_(u.view_as(v), alpha=-lr * max(1, height / g.shape[1]) ** 0.5)
                 continue
-            for p in params:
-                if "step" not in self.state[p]:
-                    self.state[p].update(step=torch.tensor(0.0), m=torch.zeros_like(p), v=torch.zeros_like(p))
-            states = [self.state[p] for p in params]
-            ms, vs = [s["m"] for s in states], [s["v"] for s in states]
+            ms, vs = [rows(s["m"]) for s in states], [rows(s["v"]) for s in states]
             for s in states:
                 s["step"] += 1
             t = states[0]["step"].item()
@@ -85,11 +121,17 @@ class Muon(torch.optim.Optimizer):
             root = torch._foreach_sqrt(vs)
             torch._foreach_div_(root, (1 - b2**t) ** 0.5)
             torch._foreach_add_(root, 1e-8)
-            torch._foreach_addcdiv_(params, ms, root, -lr / (1 - b1**t))
+            torch._foreach_addcdiv_(values, ms, root, -lr / (1 - b1**t))
 
     def tensors(self) -> dict:
         """{"3.momentum": tensor, ...}: the state as safetensors takes it."""
         return {f"{i}.{k}": v for i, s in self.state_dict()["state"].items() for k, v in s.items()}
+
+    def allocate(self):
+        """Moments for all parameters, for shard.load to fill."""
+        for group in self.param_groups:
+            self.states(group, group["params"])
+        return self.tensors()
 
     def load_tensors(self, tensors: dict):
         state = {}
@@ -100,7 +142,7 @@ class Muon(torch.optim.Optimizer):
 
 
 class EMA:
-    """Exponential moving average of a module's parameters in fp32. The decay warms up, so that short runs are averaged over their own length."""
+    """Exponential moving average of a module's parameters in fp32, sharded where they are. The decay warms up, so that short runs are averaged over their own length."""
 
     def __init__(self, module: torch.nn.Module, decay: float):
         self.decay, self.steps = decay, 0
@@ -112,7 +154,7 @@ class EMA:
     def update(self):
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(self.shadow, [p.detach().float() for p in self.source], 1 - decay)
+        torch._foreach_lerp_([rows(s) for s in self.shadow], [rows(p.detach()).float() for p in self.source], 1 - decay)
 
     def state_dict(self) -> dict:
         return dict(zip(self.names, self.shadow))

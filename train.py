@@ -1,12 +1,13 @@
 """Trains a UNet (or, arch = "mmdit", a teacher) and its text encoder by rectified flow. With no arguments: `nano`, on a laptop, in minutes.
 
     python train.py [--config configs/nano.toml] [key=value ...]
-    torchrun --nproc_per_node 8 train.py --config configs/base.toml
+    torchrun --nproc_per_node 8 train.py --config configs/base.toml                         (shard=true: cut over the GPUs, shard.py)
+    python train.py --config configs/t2i_1024.toml --dry-run [gpus=64] [mfu=0.3]            memory, FLOPs, days: plan.py; trains nothing
 
 Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif, checkpoint/,
 and at the end final/: the averaged weights in fp16, to ship.
-Every random draw is a function of (seed, step, micro-batch, rank): no generator's state needs saving, and a resumed run equals an
-uninterrupted one bit for bit on a CPU.
+Every random draw is a function of the seed and the micro-batch's number in the whole run: no generator's state needs saving, a resumed run equals an
+uninterrupted one bit for bit on a CPU, and so many processes or so many accumulated micro-batches are the same training but for rounding.
 """
 import contextlib, os, random, signal, sys, time
 from dataclasses import asdict, dataclass, field
@@ -15,17 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn as nn
-from PIL import Image, ImageDraw
+from PIL import Image
 
+import plots
 from checkpoint import load_checkpoint, load_into, save_checkpoint
-from common import Log, UserError, anywhere, friendly, peak_memory, pick_device, read_config, read_log, setup, start_others, use_bfloat16
+from common import Log, UserError, anywhere, friendly, mean_over, peak_memory, pick_device, read_config, setup, start_others, use_bfloat16
 from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import UNetConfig, count_params
-from optim import EMA, Muon
+from optim import EMA, Muon, rows
 from pictures import fingerprint, open_cache
+from plan import MEASURED_MFU, costs, dry_run
 from sample import TextToLatents, chosen, generate, load_model, shift_time
+from shard import gathered, load_shards, save_shards, shard, whole
 from text import TextConfig, tokenize
 
 
@@ -51,6 +55,7 @@ class Config:
     batch: int = 64                 # a process and micro-batch
     accumulate: int = 1
     processes: int = 1              # on a CPU without torchrun: so many are started, and share the cores
+    shard: bool = False             # weights, gradients, average and moments are cut over the processes (FSDP2), not held by each (DDP)
     lr: float = 1e-3
     muon_lr: float = 0.0            # of the matrices, by Muon; 0: AdamW for all
     warmup: int = 100
@@ -61,12 +66,19 @@ class Config:
     log_every: int = 50
     eval_every: int = 500           # validation, sample grid, checkpoint
     val_pictures: int = 256
+    samples: int = 24               # pictures of a sample grid
     sample_steps: int = 20
     cfg: float = 4.0                # guidance of the sample grids
     compile: bool = False
     amp: str = "auto"               # auto, bfloat16 or float32: common.use_bfloat16
     seed: int = 0
     device: str = "auto"
+    # what --dry-run is asked about
+    gpus: int = 1
+    gpu_gb: float = 80.0            # GiB of one
+    gpu_tflops: float = 989.0       # its peak in bfloat16: an H100 SXM's, by its data sheet
+    mfu: float = MEASURED_MFU       # share of that peak
+    tokens: int = 16                # of a caption, also for the log line's mfu
 
 
 # ---------------------------------------------------------------------------- the flow, which the distillers import
@@ -175,56 +187,9 @@ class Validation:
         return np.array([losses[bins == b].mean().item() for b in range(8)])
 
 
-def chart(lines, note: str, W=640, H=360, M=46):
-    """Lines, [(points (x, y), colour)], on a log scale, and a note below; None where there are fewer than two points."""
-    points = [p for line, _ in lines for p in line]
-    if len(points) < 2:
-        return None
-    low, high, end = np.log(min(p[1] for p in points)), np.log(max(p[1] for p in points)) + 1e-6, max(p[0] for p in points)
-    at = lambda p: (M + (W - 2 * M) * p[0] / end, H - M - (H - 2 * M) * (np.log(p[1]) - low) / (high - low))
-    image = Image.new("RGB", (W, H), (255, 255, 255))
-    d = ImageDraw.Draw(image)
-    for k in range(5):
-        value = float(np.exp(low + (high - low) * k / 4))
-        y = at((0, value))[1]
-        d.line((M, y, W - M, y), (230, 230, 230))
-        d.text((6, y - 6), f"{value:.3f}", (90, 90, 90))
-    for line, colour in lines:
-        d.line([at(p) for p in line], colour, 2)
-    d.text((M, H - M + 12), note, (90, 90, 90))
-    return image
-
-
-def plot(csv_path, out):
-    """The loss plot: training loss (grey), validation of the average (blue)."""
-    rows = read_log(csv_path)
-    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k) and np.isfinite(float(r[k]))], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
-    if image := chart(lines, f"step 0 .. {rows[-1]['step'] if rows else 0}   grey: training loss   blue: held-out loss of the averaged weights"):
-        image.save(out)
-
-
-def costs(cfg: Config, device, amp_on: bool) -> tuple[float, float]:
-    """(FLOPs of training on one picture: three times a forward pass with 16 tokens; the device's own matmul FLOP/s, measured). Their ratio with the
-    speed is the model FLOPs utilisation of the log line."""
-    from torch.utils.flop_counter import FlopCounterMode
-    h = cfg.data.size // 8
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:   # on CPU tensors it counts attention as nothing
-        network = chosen(cfg.arch, cfg.model, cfg.mmdit)
-        words = torch.empty(1, 16, dtype=torch.long) if cfg.text.kind == "own" else torch.empty(1, 16, cfg.text.width)
-        TextToLatents(network, cfg.text)(torch.empty(1, network.in_channels, h, h), torch.empty(1), words, torch.empty(1, 16, dtype=torch.bool),
-                                         None if cfg.text.kind == "own" or cfg.arch != "mmdit" else torch.empty(1, network.pooled_dim))
-    n, dtype = (8192 if device.type == "cuda" else 1024), torch.bfloat16 if amp_on else torch.float32
-    a, best = torch.randn(n, n, device=device, dtype=dtype), 0.0
-    for _ in range(6):
-        begin = time.time()
-        (a @ a)[0, 0].item()                                    # .item() waits for the device
-        best = max(best, 2 * n**3 / (time.time() - begin))
-    return 3.0 * counter.get_total_flops(), best
-
-
 # ---------------------------------------------------------------------------- the loop
 def train(cfg: Config, make_objective=FlowObjective):
-    if bad := [k for k in ("steps", "batch", "accumulate", "processes", "warmup", "log_every", "eval_every", "val_pictures") if getattr(cfg, k) < 1]:
+    if bad := [k for k in ("steps", "batch", "accumulate", "processes", "warmup", "log_every", "eval_every", "val_pictures", "samples") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     device, rank, world = setup(cfg.device)
     out, main = Path(cfg.out), rank == 0
@@ -232,21 +197,27 @@ def train(cfg: Config, make_objective=FlowObjective):
     amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
 
     torch.manual_seed(cfg.seed)
-    net = TextToLatents(chosen(cfg.arch, cfg.model, cfg.mmdit), cfg.text).to(device)
+    make = lambda: TextToLatents(chosen(cfg.arch, cfg.model, cfg.mmdit), cfg.text)
+    net, sharded = make().to(device), cfg.shard and world > 1
     if cfg.init:
         load_into(net, load_model(cfg.init, device)[0].state_dict(), cfg.init)
     objective = make_objective(net).to(device)                  # what is in it beside `net` is trained and kept, not averaged nor shipped
     beside = lambda: {k: v for k, v in objective.state_dict().items() if not k.startswith("net.")}
+    if sharded:
+        shard(objective, device, amp_on, cfg.compile)
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
     ae, latents, held_out = load_data(cfg, device, rank, world)
-    batches, validation = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device)
-    prompts = shown_prompts(cfg)
+    batches, validation = Batches(cfg, latents, device, 0, 1), Validation(cfg, held_out, device)     # of the whole run: a process takes every world-th batch
+    prompts = shown_prompts(cfg)[:cfg.samples]
     if net.text is None:
         net.frozen.append(held_out.encode)                      # of the sample grids: from the cache, so that no encoder is loaded
 
     ema, start = EMA(net, cfg.ema), 0
-    if (out / "latest").exists():
+    if (out / "latest").exists() and sharded:
+        saved = load_shards(out, {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.allocate(), "beside": beside()})
+        start, ema.steps = saved["step"], saved["ema_steps"]
+    elif (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "optimizer", "beside"))
         start = saved["step"]
         load_into(objective, {**{f"net.{k}": v for k, v in state["model"].items()}, **state.get("beside", {})}, cfg.out)
@@ -257,44 +228,50 @@ def train(cfg: Config, make_objective=FlowObjective):
               f"{len(latents)} pictures of {cfg.data.size} px, {device}" + (f", resumed at step {start}" if start else ""), flush=True)
 
     flops, peak = costs(cfg, device, amp_on)
-    if cfg.compile:
-        net.compile()                                           # in place: the names of its weights stay
     run = objective
-    if world > 1:
-        run = nn.parallel.DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None)
+    if cfg.compile and not sharded:
+        net.compile()                                           # in place: the names of its weights stay
+    if world > 1 and not sharded:
+        run = nn.parallel.DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
     log, clock, skipped, in_a_row, step, seen = Log(out / "log.csv", cfg.steps, start, quiet=not main), time.time(), 0, 0, start, []
 
     def save():
-        if main:
-            tensors = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.tensors(), "beside": beside()}
-            save_checkpoint(out / "checkpoint", {k: v for k, v in tensors.items() if v},
-                            {**asdict(cfg), "step": step, "ema_steps": ema.steps})
+        tensors = {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.tensors(), "beside": beside()}
+        tensors, config = {k: v for k, v in tensors.items() if v}, {**asdict(cfg), "step": step, "ema_steps": ema.steps}
+        if sharded:
+            save_shards(out / "checkpoint", tensors, config)
+        elif main:
+            save_checkpoint(out / "checkpoint", tensors, config)
 
     def evaluate():
-        """Held-out loss of the raw and of the averaged weights, and the sample grid of the averaged ones."""
+        """On the first process: held-out loss of the raw and of the averaged weights, and the sample grid of the averaged ones. A sharded network comes as whole copies."""
+        raw_net, net_ = (whole(make, net.state_dict(), device), whole(make, {**net.state_dict(), **ema.state_dict()}, device)) if sharded else (net, net)
+        if not main:
+            return
+        net_.frozen = net.frozen
         net.eval()
-        raw = validation(net, amp).mean()
-        with ema.swapped():
-            bins = validation(net, amp)
-            pictures = generate(net, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=32)
+        raw = validation(raw_net, amp).mean()
+        with contextlib.nullcontext() if sharded else ema.swapped():
+            bins = validation(net_, amp)
+            pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=32)
         net.train()
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
         log(step, show=False, val=float(bins.mean()), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
         print(f"step {step}: held-out loss {bins.mean():.4f} (raw weights {raw:.4f}); per bin of t " + " ".join(f"{v:.3f}" for v in bins), flush=True)
-        plot(out / "log.csv", out / "loss.png")
+        plots.losses(out / "log.csv", out / "loss.png")
 
     while step < cfg.steps and not (step % 5 == 0 and anywhere(bool(stop), world)):
         opt.schedule(rate(cfg, step))
         total = 0.0
         for micro in range(cfg.accumulate):
-            k = step * cfg.accumulate + micro
+            k = (step * cfg.accumulate + micro) * world + rank  # of the whole run
             x0, *words = batches(k)                             # (B, C, H, W), (B, L) or (B, L, D), (B, L)
-            g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + k) * world + rank)
+            g = torch.Generator(device).manual_seed(cfg.seed * 1000003 + k)
             eps, t = torch.randn(x0.shape, generator=g, device=device), draw_times(cfg.flow, len(x0), g, device)
             last = micro == cfg.accumulate - 1
-            with contextlib.nullcontext() if last or world == 1 else run.no_sync():
+            with contextlib.nullcontext() if last or world == 1 or sharded else run.no_sync():     # sharded: averaged each time, so that no whole gradient is kept
                 with amp():
                     losses, values = run(x0, eps, t, *words)
                     loss = losses.mean() / cfg.accumulate
@@ -302,18 +279,21 @@ def train(cfg: Config, make_objective=FlowObjective):
             total += loss.detach()
             seen += [values] if main else []
         norm = nn.utils.clip_grad_norm_(objective.parameters(), cfg.clip)
+        norm = norm.full_tensor() if sharded else norm          # over all processes' rows
         if torch.isfinite(norm):
             opt.step()
             ema.update()
             in_a_row = 0
         else:                                                   # the same on all ranks: gradients are averaged already
             skipped, in_a_row = skipped + 1, in_a_row + 1
-            culprit = next((n for n, p in objective.named_parameters() if p.grad is not None and not torch.isfinite(p.grad).all()), "the norm alone")
+            culprit = next((n for n, p in objective.named_parameters() if p.grad is not None and not torch.isfinite(rows(p.grad)).all()), "the norm alone")
             print(f"step {step}: loss {float(total):.4g}, gradient not finite (first in {culprit}): step skipped, {skipped} so far", flush=True)
             if in_a_row == 20:
                 raise UserError(f"20 steps in a row without a finite gradient: lower lr (now {cfg.lr:g}) or set amp=float32; the last good checkpoint is in {out}")
         opt.zero_grad(set_to_none=True)
         step += 1
+        if step % cfg.log_every == 0:
+            total = mean_over(total, world)
         if step % cfg.log_every == 0 and main:
             seconds, clock = time.time() - clock, time.time()
             speed = cfg.log_every * cfg.batch * cfg.accumulate * world / seconds
@@ -323,11 +303,11 @@ def train(cfg: Config, make_objective=FlowObjective):
             if bins := {f"{k}{i}": x for k, v in means.items() if isinstance(v, list) for i, x in enumerate(v)}:
                 log(step, show=False, **bins)
         if step % cfg.eval_every == 0 or step == cfg.steps:
-            if main:
-                save()
-                if not stop:
-                    evaluate()
-                clock = time.time()
+            save()
+            if not anywhere(bool(stop), world):
+                evaluate()
+            clock = time.time()
+    final = gathered({**net.state_dict(), **ema.state_dict()}) if step == cfg.steps else {}
     if step < cfg.steps:
         save()
         if main:
@@ -336,14 +316,16 @@ def train(cfg: Config, make_objective=FlowObjective):
         frames = [Image.open(p).convert("RGB") for p in sorted(out.glob("samples_*.png"))]
         if frames:
             frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 4, duration=500, loop=0)
-        small = {k: v.half() for k, v in {**net.state_dict(), **ema.state_dict()}.items()}     # fp16, to ship
+        small = {k: v.half() for k, v in final.items()}         # fp16, to ship
         save_checkpoint(out / "final", {"model": small}, {**asdict(cfg), "step": step}, latest=False)
         print(f"done: {out}/samples_{step:07d}.png, {out}/loss.png; try `python sample.py \"a red car\" --ckpt {out}`")
 
 
 if __name__ == "__main__":
     with friendly():
-        config = read_config(Config(), sys.argv[1:], "configs/nano.toml")
+        config = read_config(Config(), [a for a in sys.argv[1:] if a != "--dry-run"], "configs/nano.toml")
+        if "--dry-run" in sys.argv:
+            sys.exit(dry_run(config) and 0)
         if config.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(config.device).type == "cpu":
             start_others(config.processes)
         train(config)
