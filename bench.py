@@ -8,7 +8,7 @@ again, it goes on where it stopped), scores it by evaluate.py, and times one den
 The distillation grid trains configs/kd_nano.toml in each of KD_ROWS and with each seed, all from the same teacher, which must be trained before; then the
 student alone again, for as many more steps as fit into the time that the slowest row took.
 """
-import argparse, json, re, subprocess, sys, time
+import argparse, json, re, statistics, subprocess, sys, time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -16,9 +16,10 @@ import torch
 from tqdm import tqdm
 
 import distill
-from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup
+from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup, use_bfloat16
 from model import LADDER, PRESETS, UNet, UNetConfig, count_macs, count_params
-from sample import load_model
+from sample import TextToLatents, chosen, load_model
+from text import tokenize
 from train import Config
 
 ROWS = ("a", "b", "c1", "c2", "d", "e", "final")
@@ -78,6 +79,29 @@ def outcome(run: Path) -> dict:
 
 
 # ---------------------------------------------------------------------------- the parts of distillation
+def training_seconds(a, rows: dict, rounds: int = 7) -> dict:
+    """Median seconds of a forward and backward pass of each row's objective, in turns (speeds of runs that others ran beside do not compare). The optimiser's share, the
+    same for all, is not in it."""
+    device, objectives, taken = setup("auto")[0], {}, {row: [] for row in rows}
+    for row, keys in rows.items():
+        cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides, *keys])
+        objectives[row] = distill.Distill(cfg, TextToLatents(chosen(cfg.arch, cfg.model, cfg.mmdit), cfg.text).to(device)).to(device)
+    size, amp = cfg.data.size // 8, use_bfloat16(cfg.amp, device)
+    x0, eps = torch.randn(2, cfg.batch, objectives["alone"].net.denoiser.cfg.in_channels, size, size, device=device)
+    t, (ids, mask) = torch.rand(cfg.batch, device=device), (x.to(device) for x in tokenize(["a red car to the left of a blue dog"] * cfg.batch))
+    for k in range(rounds + 1):
+        for row, objective in objectives.items():
+            begin = time.perf_counter()
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                loss = objective(x0, eps, t, ids, mask)[0].mean()
+            loss.backward()
+            objective.zero_grad()
+            float(loss)                                         # waits for the device
+            if k:
+                taken[row].append(time.perf_counter() - begin)
+    return {row: statistics.median(v) for row, v in taken.items()}
+
+
 def distillation(a):
     cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides])
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + a.seeds)
@@ -87,21 +111,22 @@ def distillation(a):
     rows = {row: KD_ROWS[row] for row in KD_ROWS if row in a.kd_rows}
     per_seed = [jobs(row, keys) for row, keys in rows.items()]
     run_all({name: job[name] for k in range(len(seeds)) for job in per_seed for name in [list(job)[k]]} | {"teacher": [score_only(a, teacher, base / "teacher")]}, base, a.jobs)
-    speed = lambda row: sum(outcome(base / place(row, seed))["img_s"] for seed in seeds) / len(seeds)
-    slowest = min(rows, key=speed)
-    steps = {row: cfg.steps for row in rows}
+    found = lambda row: [outcome(p.parent) for p in sorted(base.glob(place(row, "[0-9]*") + "/score.json"))]      # seeds of this call and of earlier ones
+    longer, steps = "alone, as long as the slowest", {row: cfg.steps for row in KD_ROWS if found(row)}
+    taken = training_seconds(a, {row: KD_ROWS[row] for row in steps})
+    slowest = max(steps, key=taken.get)
     if slowest != "alone":
-        steps["alone, as long as the slowest"] = round(cfg.steps * speed("alone") / speed(slowest))
-        run_all(jobs("alone, as long as the slowest", [*KD_ROWS["alone"], f"steps={steps['alone, as long as the slowest']}"]), base, a.jobs)
+        steps[longer], taken[longer] = round(cfg.steps * taken[slowest] / taken["alone"]), taken["alone"]
+        run_all(jobs(longer, [*KD_ROWS["alone"], f"steps={steps[longer]}"]), base, a.jobs)
 
     out = {"config": a.config, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, "prompts": a.prompts, "each": a.each, "slowest": slowest, **provenance(cfg.seed),
            "params": count_params(load_model(base / place("alone", cfg.seed) / "final")[0]), "teacher_params": count_params(load_model(teacher)[0]),
            "teacher": json.loads((base / "teacher" / "score.json").read_text())["scores"], "teacher_val": float(next(r["val"] for r in reversed(read_log(teacher.parent / "log.csv")) if r.get("val"))),
-           "rows": {row: {"steps": n, "seeds": [outcome(base / place(row, seed)) for seed in seeds]} for row, n in steps.items()}}
-    print(f"\n{'row':30} {'steps':>5} {'img/s':>6} {'loss':>7} {'score':>6}  of each seed;  teacher: {out['teacher_val']:.4f} {out['teacher']['mean']['score']:.3f}")
+           "rows": {row: {"steps": n, "step_s": taken[row], "seeds": found(row)} for row, n in steps.items()}}
+    print(f"\n{'row':30} {'steps':>5} {'s/step':>6} {'loss':>7} {'score':>6}  of each seed;  teacher: {out['teacher_val']:.4f} {out['teacher']['mean']['score']:.3f}")
     for row, r in out["rows"].items():
-        mean = lambda pick: sum(map(pick, r["seeds"])) / len(r["seeds"])
-        print(f"{row:30} {r['steps']:5} {mean(lambda s: s['img_s']):6.0f} {mean(lambda s: s['val']):7.4f} {mean(lambda s: s['scores']['mean']['score']):6.3f}  " + " ".join(f"{s['scores']['mean']['score']:.3f}" for s in r["seeds"]))
+        mean = lambda pick: statistics.mean(map(pick, r["seeds"]))
+        print(f"{row:30} {r['steps']:5} {r['step_s']:6.3f} {mean(lambda s: s['val']):7.4f} {mean(lambda s: s['scores']['mean']['score']):6.3f}  " + " ".join(f"{s['scores']['mean']['score']:.3f}" for s in r["seeds"]))
     Path(a.out).parent.mkdir(parents=True, exist_ok=True)
     Path(a.out).write_text(json.dumps(out, indent=1))
     print(f"\n{a.out}")

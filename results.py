@@ -80,12 +80,12 @@ def write(folder: Path) -> str:
         mean = lambda seeds, pick: sum(map(pick, seeds)) / len(seeds)
         score = lambda s: s["scores"]["mean"]["score"]
         spread = lambda seeds, pick: f" ({min(map(pick, seeds)):.3f} - {max(map(pick, seeds)):.3f})" if len(seeds) > 1 else ""
-        out += ["## Distillation, part by part", table(["student", "steps", "pictures/s", "held-out loss", "score (lowest and highest seed)", *CATEGORIES],
-                [[row, r["steps"], f"{mean(r['seeds'], lambda s: s['img_s']):.0f}", f"{mean(r['seeds'], lambda s: s['val']):.4f}" + spread(r["seeds"], lambda s: s["val"]),
+        out += ["## Distillation, part by part", table(["student", "seeds", "steps", "s a step", "held-out loss", "score (lowest and highest seed)", *CATEGORIES],
+                [[row, len(r["seeds"]), r["steps"], f"{r['step_s']:.2f} ({r['step_s'] / d['rows']['alone']['step_s']:.2f} x)", f"{mean(r['seeds'], lambda s: s['val']):.4f}" + spread(r["seeds"], lambda s: s["val"]),
                   f"**{mean(r['seeds'], score):.3f}**" + spread(r["seeds"], score), *[f"{mean(r['seeds'], lambda s: s['scores'][c]['score']):.2f}" for c in CATEGORIES]] for row, r in d["rows"].items()]
-                + [["the teacher", "", "", f"{d['teacher_val']:.4f}", percent(d["teacher"]["mean"]), *[f"{d['teacher'][c]['score']:.2f}" for c in CATEGORIES]]]),
+                + [["the teacher", 1, "", "", f"{d['teacher_val']:.4f}", percent(d["teacher"]["mean"]), *[f"{d['teacher'][c]['score']:.2f}" for c in CATEGORIES]]]),
                 f"`python train.py --config configs/teacher_nano.toml`, then `python bench.py --distillation`: {d['config']}, {d['nouns']} nouns at {d['size']} px, steps of {d['batch']} pictures; student {d['params'] / 1e6:.2f} M with its text encoder, "
-                f"teacher {d['teacher_params'] / 1e6:.2f} M; {len(d['rows']['alone']['seeds'])} seeds; {d['prompts']} prompts a category, {d['each']} pictures each, 28 steps, guidance 4. The last student learned alone for as long as the slowest ({d['slowest']}) took. {made(d)}."]
+                f"teacher {d['teacher_params'] / 1e6:.2f} M; {d['prompts']} prompts a category, {d['each']} pictures each, 28 steps, guidance 4. s a step: forward and backward pass, timed in turns. The last student learned alone for as long as the slowest ({d['slowest']}) took. {made(d)}."]
 
     distances = {name: r for name, r in runs.items() if "fd" in r}
     if distances:

@@ -1922,9 +1922,9 @@ def test_results_page_holds_what_was_measured(tmp_path):
     assert "Design choices" not in page and "Frechet" not in page and "Distillation, part" not in page      # nothing that was not measured
     seeds = lambda *v: [{"img_s": 100.0, "val": 1 - x, "scores": {c: one(x) for c in (*data.CATEGORIES, "mean")}} for x in v]
     (tmp_path / "distillation.json").write_text(json.dumps({**about, "config": "configs/kd_nano.toml", "nouns": 12, "size": 64, "batch": 64, "each": 2, "slowest": "+ both", "params": 2e6, "teacher_params": 8e6,
-        "teacher": seeds(0.9)[0]["scores"], "teacher_val": 0.47, "rows": {"alone": {"steps": 600, "seeds": seeds(0.2, 0.4)}, "+ both": {"steps": 600, "seeds": seeds(0.5, 0.6)}}}))
+        "teacher": seeds(0.9)[0]["scores"], "teacher_val": 0.47, "rows": {"alone": {"steps": 600, "step_s": 0.4, "seeds": seeds(0.2, 0.4)}, "+ both": {"steps": 600, "step_s": 0.5, "seeds": seeds(0.5, 0.6)}}}))
     page = results.write(tmp_path)
-    assert "| **0.300** (0.200 - 0.400) |" in page and "| **0.550** (0.500 - 0.600) |" in page and "| 0.4700 | 0.900 (0.880 - 0.920) |" in page and "2 seeds" in page
+    assert "| **0.300** (0.200 - 0.400) |" in page and "| **0.550** (0.500 - 0.600) |" in page and "| 0.4700 | 0.900 (0.880 - 0.920) |" in page and "| alone | 2 | 600 | 0.40 (1.00 x) |" in page and "0.50 (1.25 x)" in page
 
 
 # ---------------------------------------------------------------------------- the published encoders, SD3's autoencoder, DreamLite's UNet
