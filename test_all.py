@@ -952,8 +952,8 @@ def trainings(shared, tmp_path_factory):
 @pytest.mark.parametrize("run_", ["adamw_ddp", "adamw_shard", "muon_ddp", "muon_shard", "muon_whole", "muon_cut"])
 def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_):
     """Loss and weights after 5 steps. whole: begun on 1, ended on 2 that are sharded; cut: begun and resumed on 2, with checkpointed layers, ended on 1.
-    Muon rounds to bfloat16 on its way, which makes up to a hundredth of the last bit of a gradient; nothing is clipped there, lest a norm's last bit be all gradients'."""
-    tolerance = 1e-2 if "muon" in run_ else 2e-3
+    Muon rounds to bfloat16 on its way, which makes a hundredth of the last bit of a gradient; nothing is clipped there, lest a norm's last bit be all gradients'."""
+    tolerance = 3e-2 if "muon" in run_ else 2e-3
     reference = trainings / run_.split("_")[0]
     a, b = (checkpoint.load_checkpoint(p, ("model", "ema", "optimizer"))[1] for p in (reference, trainings / run_))
     first = checkpoint.load_checkpoint(reference / "final")[1]["model"]
@@ -964,7 +964,7 @@ def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_
             x, y = a[kind][k].float(), b[kind][k].float()
             assert x.shape == y.shape and (x - y).abs().max() <= 1e-5 + tolerance * x.abs().max(), (kind, k)
     losses = [[float(r["loss"]) for r in common.read_log(p / "log.csv") if r["loss"]] for p in (reference, trainings / run_)]
-    assert len(losses[1]) == 5 and losses[1] == pytest.approx(losses[0], rel=1e-3 if "muon" in run_ else 1e-5)
+    assert len(losses[1]) == 5 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     shipped = checkpoint.load_checkpoint(trainings / run_ / "final")[1]["model"]
     assert first.keys() == shipped.keys() and shipped["unet.conv_in.weight"].dtype == torch.float16 and (trainings / run_ / "samples_0000005.png").is_file()
     net, _ = sample.load_model(trainings / run_)            # a sharded checkpoint is read like any other
@@ -1154,7 +1154,7 @@ def test_a_hub_directory_in_three_shards_is_a_teacher(teachers, tmp_path):
 
 def test_dry_run_counts_the_real_networks(teachers, capsys):
     sd35 = common.read_config(distill.Config(), ["--config", "configs/kd_sd35.toml"])
-    counted = distill.dry_run(read(sd35, gpu_gb=24.0, batch=1))
+    counted = distill.dry_run(read(sd35, gpu_gb=24.0, batch=1, shard=False))
     assert counted["student"] / 1e6 == pytest.approx(379.11, abs=0.01) and counted["teacher"] == 8_056_627_520
     assert 15 < counted["teacher weights"] / 2**30 < counted["total"] and not counted["fits"] and "does NOT fit" in capsys.readouterr().out
     counted, objective = distill.dry_run(distill_config(teachers, "unused")), objective_of(teachers)
