@@ -27,7 +27,7 @@ import distill, plots
 from checkpoint import load_checkpoint, load_into, read_description, resolve, save_checkpoint
 from common import Log, UserError, anywhere, fill, friendly, pick_device, read_config, setup, start_others, use_bfloat16
 from data import grid
-from distill import Distill, Teacher, teacher_network
+from distill import Distill, Teacher, find_teacher, teacher_network
 from model import count_params
 from optim import EMA, Muon
 from plan import forward_flops, frozen, report, tap_names, tap_shape, trained
@@ -228,6 +228,10 @@ def distil(cfg: Config):
         parts["critic"] = critic, Muon(critic, cfg.critic_lr, 0.0, 0.0, (0.0, 0.99))
     if cfg.method != "gan":
         fake = copy.deepcopy(net)
+        if find_teacher(cfg.teacher)[0] == "ours":              # where it fits, from the real score's weights (DMD2)
+            theirs, about = load_model(cfg.teacher, device)
+            if theirs.denoiser.cfg == net.denoiser.cfg and theirs.text_cfg == net.text_cfg:
+                fake = theirs.requires_grad_(True).train()
         parts["fake"] = fake, Muon(fake, cfg.fake_lr, 0.0, cfg.weight_decay)
 
     ae, latents, held_out = load_data(cfg, device, rank, world)
