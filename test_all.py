@@ -516,6 +516,7 @@ def test_resume_equals_uninterrupted_and_the_run_leaves_its_pictures(shared, tmp
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_a_step_with_nan_is_skipped_counted_and_named(shared, tmp_path, monkeypatch, capsys):
     real, n = train.flow_loss, []
     monkeypatch.setattr(train, "flow_loss", lambda *a: n.append(1) or real(*a) * (float("nan") if len(n) == 3 else 1))
@@ -539,6 +540,7 @@ def test_sigterm_saves_and_leaves(shared, tmp_path):
     assert checkpoint.load_checkpoint(tmp_path / "a", ("model", "ema", "optimizer"))[0]["step"] >= 4
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_leave_together(shared, tmp_path):
     tiny = ["model.widths=[32,64]", "model.context_dim=32", "model.depth_down=[0,1]", "model.depth_up=[1,0]", "model.self_attn=[false,true]", "model.head_dim=32", "model.time_dim=32",
             "text.width=32", "text.layers=1", "text.heads=2", f"ae={shared / 'ae'}", f"data.cache={shared / 'cache'}", "data.pictures=64", "data.workers=0", "batch=8", "warmup=2",
@@ -824,6 +826,7 @@ def test_training_from_a_cache_learns_and_resumes(shared, own, own_run, tmp_path
     assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["within a file", "between the renames"])
 def test_kill_9_in_the_middle_of_a_save_loses_nothing(shared, own, own_run, tmp_path, where):
     config = dict(steps=16, eval_every=8, lr=4e-3)
@@ -1112,6 +1115,7 @@ def test_guidance_of_the_teacher_and_its_empty_caption(teachers):
     assert torch.allclose(guided[1], plain[1], atol=1e-4) and not torch.allclose(guided[0], plain[0], atol=1e-2)    # a dropped caption is dropped for the teacher too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ratio", ["sample", "bin"])
 def test_distillation_resumes_as_uninterrupted_projector_included(teachers, tmp_path, monkeypatch, ratio):
     def go(out):
@@ -1345,6 +1349,7 @@ def everything(out):
     return checkpoint.load_checkpoint(out, ("model", "ema", "generator_optimizer", "critic", "critic_optimizer", "fake", "fake_optimizer"))[1]
 
 
+@pytest.mark.slow
 def test_few_steps_end_to_end_and_resume_restores_every_player(student, tmp_path, monkeypatch):
     config = lambda out: adv_config(student, out, method="both", generator_every=1)
     adv_distill.distil(config(tmp_path / "a"))
@@ -1488,6 +1493,7 @@ def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
     fails_in_one_line(run("evaluate.py", "--checker", "/no/where"), "no checkpoint at /no/where")
 
 
+@pytest.mark.slow
 def test_blind_comparison_counts_votes_in_a_real_browser(tmp_path):
     import json, re, shutil
     browser = next((b for b in map(shutil.which, ("chromium", "chromium-browser", "google-chrome")) if b), None)
