@@ -932,7 +932,10 @@ def train_on(processes, runs):
     jobs = json.dumps([(common.free_port(), args, until) for args, until in runs])
     ranks = [subprocess.Popen([sys.executable, "-c", TRAINER, jobs], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1",
              **({"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(processes), "RANK": str(r)} if processes > 1 else {})}) for r in range(processes)]
-    out = [p.communicate(timeout=600)[0] for p in ranks]
+    try:
+        out = [p.communicate(timeout=600)[0] for p in ranks]
+    finally:
+        [p.kill() for p in ranks]                       # one that died would leave the other waiting
     assert [p.returncode for p in ranks] == [0] * processes, "\n".join(out)
     return out[0]
 
