@@ -96,7 +96,7 @@ def training_seconds(a, rows: dict, rounds: int = 7) -> dict:
                 loss = objective(x0, eps, t, ids, mask)[0].mean()
             loss.backward()
             objective.zero_grad()
-            float(loss)                                         # waits for the device
+            float(loss.detach())                                # waits for the device
             if k:
                 taken[row].append(time.perf_counter() - begin)
     return {row: statistics.median(v) for row, v in taken.items()}
