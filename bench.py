@@ -1,6 +1,7 @@
 """What things cost, measured.
 
     python bench.py --ablation [--rows a b final] [--jobs 2] [key=value]    the paper's ladder at a small width: cost, loss and score of each row
+    python bench.py --few assets/scenes assets/fast                         UNet time a picture, each sampled as its checkpoint says, in turns
     python bench.py --distillation [--seeds 3] [--jobs 2] [key=value]       the parts of distillation one by one: loss, score and speed of a student with each
 
 The ablation trains configs/ablation.toml once for each row of model.LADDER on the same data, steps and seed, each a `python train.py` of its own (run
@@ -18,13 +19,11 @@ from tqdm import tqdm
 import distill
 from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup, use_bfloat16
 from model import LADDER, PRESETS, UNet, UNetConfig, count_macs, count_params
-from sample import TextToLatents, chosen, load_model
+from sample import TextToLatents, chosen, generate, load_model, settings
 from text import tokenize
 from train import Config
 
 ROWS = ("a", "b", "c1", "c2", "d", "e", "final")
-
-
 KD_ROWS = {  # of distill.Config
     "alone": ["kd=false", "featkd=false"],
     "+ output, constant": ["featkd=false", "scaling=constant"],
@@ -132,6 +131,30 @@ def distillation(a):
     print(f"\n{a.out}")
 
 
+# ---------------------------------------------------------------------------- few steps
+def unet_seconds(a, rounds: int = 8):
+    """Prints the median seconds that two checkpoints spend in their UNets for a picture, alone and 16 at a time, and their ratio."""
+    device, models = setup("auto")[0], [load_model(path, "cpu") for path in a.few]
+    for batch in (1, 16):
+        taken = [[] for _ in models]
+        for k in range(rounds):
+            for (net, config), seconds in zip(models, taken):
+                net, inner, spent = net.to(device), net.denoiser.forward, []
+
+                def timed(*args, **kw):
+                    begin = time.perf_counter()
+                    out = inner(*args, **kw)
+                    out.flatten()[0].item()                 # waits for the device
+                    spent.append(time.perf_counter() - begin)
+                    return out
+                net.denoiser.forward = timed
+                generate(net, None, ["a red car"] * batch, range(k * batch, (k + 1) * batch), config["data"]["size"], **settings(config), batch=batch)
+                net.denoiser.forward = inner
+                seconds += [sum(spent)] if k else []
+        medians = [statistics.median(x) / batch for x in taken]
+        print(f"{batch:2} at a time: " + ", ".join(f"{path} {1e3 * m:.1f} ms a picture" for path, m in zip(a.few, medians)) + f", {medians[0] / medians[1]:.1f} x")
+
+
 # ---------------------------------------------------------------------------- the ablation
 def at_small_width(row: str, cfg: UNetConfig) -> UNetConfig:
     """The row's flags of the paper's ladder, with half its depths, on the widths of `cfg`."""
@@ -183,6 +206,7 @@ def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--ablation", action="store_true", help="the paper's ladder at a small width")
     p.add_argument("--distillation", action="store_true", help="students with and without each part of distill.py")
+    p.add_argument("--few", nargs=2, default=(), metavar=("BASE", "FAST"), help="two checkpoints")
     p.add_argument("--config", default="", help="default: configs/ablation.toml, or configs/kd_nano.toml")
     p.add_argument("--rows", nargs="+", default=ROWS, choices=[r for r in LADDER])
     p.add_argument("--kd-rows", nargs="+", default=list(KD_ROWS), choices=list(KD_ROWS), help="of --distillation; alone must be among them")
@@ -193,6 +217,8 @@ def main(argv):
     p.add_argument("--out", default="", help="default: docs/results/ablation.json, or distillation.json")
     p.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     a = p.parse_intermixed_args(argv)
+    if a.few:
+        return unet_seconds(a)
     if not a.ablation and not a.distillation:
         return p.print_help()
     name, config, run = ("ablation", "ablation", ablation) if a.ablation else ("distillation", "kd_nano", distillation)
