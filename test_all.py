@@ -1228,6 +1228,28 @@ def critic_of(shared, **kw):
     return adv_distill.Critic(cfg, distill.Teacher(cfg, torch.device("cpu")))
 
 
+def test_the_fake_score_starts_from_the_real_one_where_it_fits(student, tmp_path):
+    """DMD2. In the first step, at rate 0: the teacher's weights, not the student's; a copy of the student where the teacher is another network."""
+    config, state = checkpoint.load_checkpoint(student / "student")
+    checkpoint.save_checkpoint(student / "teacher_alike", {"model": {k: v + 0.01 for k, v in state["model"].items()}}, {k: v for k, v in config.items() if k not in ("crc32", "version")}, latest=False)
+    for teacher, origin in (("teacher_alike", "teacher_alike"), ("teacher_unet", "student")):
+        adv_distill.distil(adv_config(student, tmp_path / teacher, method="dmd", teacher=str(student / teacher), fake_lr=0.0, weight_decay=0.0, steps=1, eval_every=1))
+        fake = checkpoint.load_checkpoint(tmp_path / teacher, ["fake"])[1]["fake"]
+        state = checkpoint.load_checkpoint(student / origin)[1]["model"]
+        assert state.keys() == fake.keys() and all(torch.equal(fake[k], v) for k, v in state.items())
+
+
+def test_the_shipped_fast_student_is_the_default_and_draws_in_four_unguided_steps(monkeypatch, tmp_path, capsys):
+    (_, base), (_, fast) = (checkpoint.load_checkpoint(f"assets/{n}")[::-1] for n in ("scenes", "fast"))
+    assert {k: fast["model"][k] for k in base["model"]} == base["model"] and fast["text"]["width"] == base["text"]["width"]
+    how = sample.settings(fast)
+    assert (len(how["steps"]) - 1, how["cfg"], how["sampler"]) == (4, 1.0, "euler") and sample.settings(base)["cfg"] == 4.0
+    sample.main(["a red car", "--device", "cpu", "-o", str(tmp_path / "car.png")])
+    assert "(4 steps, euler, cfg 1)" in capsys.readouterr().out
+    sample.main(["a red car", "--base", "--steps", "5", "--device", "cpu", "-o", str(tmp_path / "car.png")])
+    assert "(5 steps, dpmpp, cfg 4)" in capsys.readouterr().out
+
+
 def test_gradients_of_d_stop_at_the_frozen_features_and_those_of_g_pass_through(student):
     critic, net, (x0, eps, t, ids, mask), g = critic_of(student), tiny_model().train(), a_batch(4), torch.Generator().manual_seed(0)
     text_ = critic.frozen.encode(ids, mask)
