@@ -15,13 +15,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 
 from checkpoint import hub_folder, hub_tensors, load_checkpoint, load_into, resolve, save_checkpoint
 from common import Log, UserError, attention, friendly, provenance, read_config, setup, use_bfloat16
-from data import Scenes, grid, to_tensor
+from data import DataConfig, Scenes, grid, to_tensor
 from losses import PatchDiscriminator, load_lpips, pyramid_l1
 from optim import EMA, Muon
+from pictures import Unusable, find_pictures, read, to_bucket
 
 
 @dataclass
@@ -264,23 +264,21 @@ class Config:
 
 
 class Folder:
-    """Square pictures from a directory's files, upright, RGB; of every 20 files one is held out. What cannot be read is named and left out."""
+    """Square pictures from what pictures.py reads, captions or none; one in twenty is held out. What cannot be used is named and left out."""
 
     def __init__(self, path, split="train"):
-        files = sorted(p for p in Path(path).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png", ".webp"))
-        self.split, self.files = split, [f for i, f in enumerate(files) if (i % 20 == 0) == (split == "test")] or files
-        if not files:
-            raise UserError(f"no .jpg, .png or .webp pictures in {path}")
+        items = [i for i in find_pictures(path) if i.picture]
+        self.split, self.files = split, [item for i, item in enumerate(items) if (i % 20 == 0) == (split == "test")] or items
 
     def picture(self, i, size) -> np.ndarray:
         while self.files:
-            file = self.files[np.random.default_rng(i).integers(len(self.files)) if self.split == "train" else i % len(self.files)]
+            item = self.files[np.random.default_rng(i).integers(len(self.files)) if self.split == "train" else i % len(self.files)]
             try:
-                return np.asarray(ImageOps.fit(ImageOps.exif_transpose(Image.open(file)).convert("RGB"), (size, size), Image.LANCZOS))   # (size, size, 3)
-            except (OSError, ValueError, Image.DecompressionBombError) as e:
-                print(f"left out {file}: {e}", flush=True)
-                self.files.remove(file)
-        raise UserError("not one picture of the folder can be read")
+                return to_bucket(read(item.picture), DataConfig(size=size, bucket_step=size, max_ratio=1.0, max_upscale=float("inf")))    # (size, size, 3)
+            except (Unusable, OSError) as e:
+                print(f"left out {item.name}: {e}", flush=True)
+                self.files.remove(item)
+        raise UserError("not one picture of the folder can be read: it wants .jpg, .jpeg, .png or .webp, or tars of them")
 
 
 def pictures_of(cfg, split="train"):
