@@ -153,9 +153,18 @@ def versus(a):
     print(f"{out}: {len(pairs)} pairs; open it in a browser")
 
 
+def scores_of(path: str) -> dict:
+    """{steps: mean score} of the score.json files below a checkpoint and of those in docs/results that name it; the best, where there are several."""
+    scores, folder = {}, Path(path) if Path(path).is_dir() else ROOT / path
+    theirs = [r for r in (json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("*/score.json")) if r["ckpt"] == path]
+    for r in theirs + [json.loads(p.read_text()) for p in folder.rglob("score.json")]:
+        scores[r["steps"]] = max(scores.get(r["steps"], 0.01), r["scores"]["mean"]["score"])
+    return scores
+
+
 def figure(a):
-    """Rows of prompts, columns of steps: the base student with its guidance above, the distilled one below; and the curve of the score.json files in their folders, such as
-    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves there, and of those in docs/results that name them (the best, where there are several for a number of steps)."""
+    """Rows of prompts, columns of steps: the base student with its guidance above, the distilled one below; and the curve of their scores, such as
+    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves."""
     columns, cells, words, lines, prompts = (1, 2, 4, 8, 28), [], [], [], []
     device, _, _ = setup(a.device)
     ae = load_autoencoder(a.ae, device)
@@ -165,10 +174,7 @@ def figure(a):
         drawn = [generate(net, ae, prompts, range(6), config["data"]["size"], **settings(config, n)) for n in columns]
         cells += [pictures[i] for i in range(6) for pictures in drawn]
         words += [f"{n} steps, {'base' if not lines else 'distilled'}: {p}" for p in prompts for n in columns]
-        scores, folder = {}, Path(path) if Path(path).is_dir() else ROOT / path
-        theirs = [r for r in (json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("*/score.json")) if r["ckpt"] == path]
-        for r in theirs + [json.loads(p.read_text()) for p in folder.rglob("score.json")]:
-            scores[r["steps"]] = max(scores.get(r["steps"], 0.01), r["scores"]["mean"]["score"])
+        scores = scores_of(path)
         lines.append(([(i, scores[n]) for i, n in enumerate(columns) if n in scores], colour))
         print(f"{path}: " + (", ".join(f"{n} steps {s:.3f}" for n, s in sorted(scores.items())) or f"no scores there: python evaluate.py --ckpt {path} --steps 4 --out {path}/steps4, and so on"))
     sheet, curve = grid(cells, words, len(columns), max(1, 128 // cells[0].shape[0])), chart(lines, f"score at {', '.join(map(str, columns))} steps; orange: base, blue: distilled")

@@ -865,7 +865,8 @@ def frozen_encoder(cfg, device="cpu"):
         ids, mask = torch.nn.functional.pad(ids, (0, pad), value=n - 1), torch.nn.functional.pad(mask, (0, pad))
         out = net(ids, attention_mask=mask.long())
         return text.Text(out.last_hidden_state, mask, out.pooler_output)
-    encode.release = lambda: None
+    encode.released = []
+    encode.release = lambda: encode.released.append(1)
     return encode
 
 
@@ -875,9 +876,10 @@ def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_samp
     monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 2, 0, 16), "clip_g": (0, 2, 16, 32), "gemma": (2, 48, 0, 32)})
     cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind=kind, data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
     loaded = []
-    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or frozen_encoder(c), raising=False)
+    encoder = frozen_encoder(cfg.text)
+    monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or encoder, raising=False)
     pictures.make_cache(cfg)
-    assert loaded == [kind]
+    assert loaded == [kind] and encoder.released == [1]
     every, held = pictures.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
     bucket, rows = next(iter(every.rows.items()))
     _, *words = every.take(bucket, rows[:3], [False, True, False])
@@ -1407,6 +1409,14 @@ def test_few_steps_end_to_end_and_resume_restores_every_player(student, tmp_path
     evaluate.main(["--figure", str(student / "student"), str(tmp_path / "a"), "--ae", str(student / "ae"), "--out", str(tmp_path / "steps.png"), "--device", "cpu"])
     from PIL import Image
     assert Image.open(tmp_path / "steps.png").height > 12 * 128 + 360           # two times six rows, and the curve
+
+
+def test_the_figures_scores_are_a_checkpoints_own(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "ROOT", tmp_path)
+    for folder, ckpt, steps, score in (("docs/results/a", "assets/x", 4, 0.5), ("docs/results/b", "assets/other", 8, 0.9), ("docs/results/c", "assets/x", 4, 0.4), ("assets/x/own", "assets/x", 2, 0.3)):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "score.json").write_text(json.dumps({"ckpt": ckpt, "steps": steps, "scores": {"mean": {"score": score}}}))
+    assert evaluate.scores_of("assets/x") == {4: 0.5, 2: 0.3} and evaluate.scores_of("assets/other") == {8: 0.9}
 
 
 def test_a_nan_in_d_or_g_costs_one_step(student, tmp_path, monkeypatch, capsys):
