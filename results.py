@@ -73,7 +73,7 @@ def write(folder: Path) -> str:
 
     out += ["## Few steps", table(["steps", "ours", "paper"], [[f"{name}: {r['steps']} steps, guidance {r['cfg']:g}", percent(r["scores"]["mean"]), FEW_STEPS.get(r["steps"], "")]
             for name, r in sorted(runs.items(), key=lambda x: -x[1]["steps"])]),
-            "The paper's few-step rows come after adversarial distillation; ours do so where the name says it; `base` is the model before it, sampled by DPM-Solver++ 2M with guidance."]
+            "The paper's few-step rows come after adversarial distillation, `fast` (assets/fast) after distribution matching; `base` is the model before it, sampled by DPM-Solver++ 2M with guidance."]
 
     if (folder / "distillation.json").exists():
         d = json.loads((folder / "distillation.json").read_text())
