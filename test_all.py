@@ -1936,6 +1936,40 @@ def test_the_rows_of_the_distillation_grid_differ_in_what_they_say():
     assert len(set(seen.values())) == len(seen)
 
 
+def test_the_distillation_grid_times_its_rows_and_gives_the_student_alone_their_time(teachers, tmp_path, monkeypatch):
+    """With trainings that only leave what trainings leave: each seed is counted once, those of an earlier call too."""
+    (tmp_path / "kd.toml").write_text(f"""out = "{tmp_path / 'grid'}"
+teacher = "{tmp_path / 'teacher' / 'final'}"
+student_tap = "down0"
+batch = 2
+[model]
+{chr(10).join(f"{k} = {json.dumps(v)}" for k, v in TINY.items())}
+[text]
+width = 48
+layers = 1
+heads = 2
+""")
+    shutil.copytree(teachers / "teacher_unet", tmp_path / "teacher" / "final")
+    ran = []
+
+    def leave(out):
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "log.csv").write_text("step,img/s,val\n1,100,0.5\n")
+        (out / "score.json").write_text(json.dumps({"scores": {"mean": {"score": len(ran) / 100}}}))
+        shutil.copytree(teachers / "teacher_unet", out / "final", dirs_exist_ok=True)
+    monkeypatch.setattr(bench, "run_all", lambda commands, base, jobs: [(ran.append(c), leave(base / n)) for n, c in commands.items() if not (base / n / "score.json").exists()])
+    leave(tmp_path / "teacher")
+    go = lambda seeds: bench.main(["--distillation", "--config", str(tmp_path / "kd.toml"), "--out", str(tmp_path / "d.json"), "--seeds", seeds, "--kd-rows", "alone", "+ output, constant"])
+    go("1")
+    go("2")
+    d = json.loads((tmp_path / "d.json").read_text())
+    longer = "alone, as long as the slowest"
+    assert {row: len(r["seeds"]) for row, r in d["rows"].items()} == {"alone": 2, "+ output, constant": 2, longer: 2} and d["slowest"] == "+ output, constant"
+    times = {row: r["step_s"] for row, r in d["rows"].items()}
+    assert times["+ output, constant"] > times["alone"] == times[longer] > 0
+    assert d["rows"][longer]["steps"] == round(d["rows"]["alone"]["steps"] * times["+ output, constant"] / times["alone"]) and len(ran) == 7       # 2 seeds of 3 rows, and the teacher once
+
+
 def test_rows_go_on_where_they_stopped(tmp_path):
     """A row with a score is done; one that fails is named, and its commands run again."""
     (tmp_path / "a").mkdir()
