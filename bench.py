@@ -71,10 +71,10 @@ def run_all(commands: dict[str, list[list[str]]], base: Path, jobs: int):
 
 
 def outcome(run: Path) -> dict:
-    """Of a finished row: median pictures/s, the last held-out loss of the averaged weights, the score."""
+    """Of a finished row: its last step, median pictures/s, the last held-out loss of the averaged weights, the score."""
     log = read_log(run / "log.csv")
     speeds = sorted(float(r["img/s"]) for r in log if r.get("img/s"))
-    return {"img_s": speeds[len(speeds) // 2], "val": float(next(r["val"] for r in reversed(log) if r.get("val"))), "scores": json.loads((run / "score.json").read_text())["scores"]}
+    return {"steps": int(log[-1]["step"]), "img_s": speeds[len(speeds) // 2], "val": float(next(r["val"] for r in reversed(log) if r.get("val"))), "scores": json.loads((run / "score.json").read_text())["scores"]}
 
 
 # ---------------------------------------------------------------------------- the parts of distillation
@@ -121,7 +121,7 @@ def distillation(a):
     out = {"config": a.config, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, "prompts": a.prompts, "each": a.each, "slowest": slowest, **provenance(cfg.seed),
            "params": count_params(load_model(base / place("alone", cfg.seed) / "final")[0]), "teacher_params": count_params(load_model(teacher)[0]),
            "teacher": json.loads((base / "teacher" / "score.json").read_text())["scores"], "teacher_val": float(next(r["val"] for r in reversed(read_log(teacher.parent / "log.csv")) if r.get("val"))),
-           "rows": {row: {"steps": n, "step_s": taken[row], "seeds": found(row)} for row, n in steps.items()}}
+           "rows": {row: {"steps": found(row)[-1]["steps"], "step_s": taken[row], "seeds": found(row)} for row in steps}}
     print(f"\n{'row':30} {'steps':>5} {'s/step':>6} {'loss':>7} {'score':>6}  of each seed;  teacher: {out['teacher_val']:.4f} {out['teacher']['mean']['score']:.3f}")
     for row, r in out["rows"].items():
         mean = lambda pick: statistics.mean(map(pick, r["seeds"]))
