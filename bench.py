@@ -1,134 +1,305 @@
-"""What things cost, measured.
+"""What it costs: time, memory and work of every part beside its peers, measured on one machine in one run.
 
-    python bench.py --ablation [--rows a b final] [--jobs 2] [key=value]    the paper's ladder at a small width: cost, loss and score of each row
-    python bench.py --few assets/scenes assets/fast                         UNet time a picture, each sampled as its checkpoint says, in turns
-    python bench.py --distillation [--seeds 3] [--jobs 2] [key=value]       the parts of distillation one by one: loss, score and speed of a student with each
+    python bench.py unet|decoder|sample|train|data|all [--size 1024] [--rounds 2] [--nets ours sdxl ..] [--device cuda]    tables; docs/results/bench_*.json, docs/BENCH.md
+    python bench.py --scaling                                   time and memory against resolution, batch and steps: docs/scaling_cost.png
+    python bench.py --profile unet|decoder                      our operations, by their time
+    python bench.py --few assets/scenes assets/fast             UNet time a picture, each sampled as its checkpoint says, in turns
+    python bench.py --ablation, --distillation                  grids of small trainings: grids.py
 
-The ablation trains configs/ablation.toml once for each row of model.LADDER on the same data, steps and seed, each a `python train.py` of its own (run
-again, it goes on where it stopped), scores it by evaluate.py, and times one denoising step of all rows in turns (A B C A B C ...: machines are noisy).
-The distillation grid trains configs/kd_nano.toml in each of KD_ROWS and with each seed, all from the same teacher, which must be trained before; then the
-student alone again, for as many more steps as fit into the time that the slowest row took.
+Machines are noisy, so a peer is timed in turns with ours (A B A B ..) and the ratio is of these medians; what the machine can do at all, its matrix product and
+its copy, is measured between them. Work is counted on the meta device (on CPU tensors PyTorch counts attention as nothing). Nothing here is a promise about a phone.
 """
-import argparse, json, re, statistics, subprocess, sys, time
-from dataclasses import asdict, replace
+import argparse, contextlib, ctypes, gc, json, math, statistics, sys, time
 from pathlib import Path
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import distill
-from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup, use_bfloat16
-from model import LADDER, PRESETS, UNet, UNetConfig, count_macs, count_params
-from sample import TextToLatents, chosen, generate, load_model, settings
-from text import tokenize
-from train import Config
+import grids
+from common import ROOT, UserError, friendly, provenance, read_config, setup, use_bfloat16
+from data import scenes_of
+from decoder import load_autoencoder
+from mmdit import MMDiTConfig
+from optim import Muon
+from peers import Net, decoders, denoisers
+from plan import forward_flops, training_flops
+from results import bench_page, cost_plot
+from sample import TextToLatents, chosen, euler, generate, guided, load_model, settings, times
+from text import Text, tokenize
+from train import Batches, Config, FlowObjective
 
-ROWS = ("a", "b", "c1", "c2", "d", "e", "final")
-KD_ROWS = {  # of distill.Config
-    "alone": ["kd=false", "featkd=false"],
-    "+ output, constant": ["featkd=false", "scaling=constant"],
-    "+ output, timestep-aware": ["featkd=false"],
-    "+ features, timestep-aware": ["kd=false"],
-    "+ both, timestep-aware": [],
-    "+ both, no data": ["scaling=constant", "alpha=0.0"],
-    "+ output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
-}
+GiB = 2**30
+H200 = 989e12               # FLOP/s in bfloat16, its data sheet
 
 
-# ---------------------------------------------------------------------------- trainings in a row
-def train_and_score(a, script: str, out: Path, keys) -> list[list[str]]:
-    return [[sys.executable, script, "--config", a.config, *a.overrides, f"out={out}", *keys], score_only(a, out / "final", out)]
+# ---------------------------------------------------------------------------- the instruments
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def score_only(a, ckpt, out: Path) -> list[str]:
-    return [sys.executable, "evaluate.py", "--ckpt", str(ckpt), "--out", str(out), "--prompts", str(a.prompts), "--each", str(a.each)]
+@torch.inference_mode()
+def seconds(f, device) -> float:
+    wait(device)
+    begin = time.perf_counter()
+    f()
+    wait(device)
+    return time.perf_counter() - begin
 
 
-def run_all(commands: dict[str, list[list[str]]], base: Path, jobs: int):
-    """Each row's commands one after the other, `jobs` rows side by side, the screen of each in base/row.txt. Rows with a score.json are done.
-    The first row goes alone until the cache of latents stands."""
-    done = lambda row: (base / row / "score.json").exists()
-    waiting, running, bar, first = [r for r in commands if not done(r)], {}, tqdm(total=len(commands), initial=sum(map(done, commands)), unit="row"), next(iter(commands))
-    base.mkdir(parents=True, exist_ok=True)
-    while waiting or running:
-        while waiting and len(running) < jobs and (not running or (base / first / "log.csv").exists() or done(first)):
-            row = waiting.pop(0)
-            out = open(base / f"{row}.txt", "a")
-            running[row] = [subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT), out]
-        for row, (process, out) in list(running.items()):
-            if process.poll() is None:
-                continue
-            if process.returncode or not commands[row]:
-                del running[row]
-                out.close()
-                if process.returncode:
-                    raise UserError(f"row {row} ended with status {process.returncode}: see {base / row}.txt; run the same command to go on")
-                bar.update()
-            else:
-                running[row][0] = subprocess.Popen(commands[row].pop(0), cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-        time.sleep(1)
-    bar.close()
+def machine(device, dtype=torch.float32) -> tuple[float, float]:
+    """What it reaches at its best of three: FLOP/s of a matrix product, bytes/s of a copy (read and written)."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(2**26, device=device)
+    c = torch.ones_like(b)
+    peak, band = 2 * n**3 / min(seconds(lambda: a @ a, device) for _ in range(4)), 2 * 2**28 / min(seconds(lambda: b.copy_(c), device) for _ in range(4))
+    return peak, band
 
 
-def outcome(run: Path) -> dict:
-    """Of a finished row: its last step, median pictures/s, the last held-out loss of the averaged weights, the score."""
-    log = read_log(run / "log.csv")
-    speeds = sorted(float(r["img/s"]) for r in log if r.get("img/s"))
-    return {"steps": int(log[-1]["step"]), "img_s": speeds[len(speeds) // 2], "val": float(next(r["val"] for r in reversed(log) if r.get("val"))), "scores": json.loads((run / "score.json").read_text())["scores"]}
+def memory(device) -> tuple[int, int]:
+    """Bytes in use now and at most since reset_memory(): of CUDA's allocator, or of the whole process (Linux)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return tuple(1024 * int(lines[k].split()[0]) for k in ("VmRSS", "VmHWM"))
 
 
-# ---------------------------------------------------------------------------- the parts of distillation
-def training_seconds(a, rows: dict, rounds: int = 7) -> dict:
-    """Median seconds of a forward and backward pass of each row's objective, in turns (speeds of runs that others ran beside do not compare). The optimiser's share, the
-    same for all, is not in it."""
-    device, objectives, taken = setup("auto")[0], {}, {row: [] for row in rows}
-    for row, keys in rows.items():
-        cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides, *keys])
-        objectives[row] = distill.Distill(cfg, TextToLatents(chosen(cfg.arch, cfg.model, cfg.mmdit), cfg.text).to(device)).to(device)
-    size, amp = cfg.data.size // 8, use_bfloat16(cfg.amp, device)
-    x0, eps = torch.randn(2, cfg.batch, objectives["alone"].net.denoiser.cfg.in_channels, size, size, device=device)
-    t, (ids, mask) = torch.rand(cfg.batch, device=device), (x.to(device) for x in tokenize(["a red car to the left of a blue dog"] * cfg.batch))
-    for k in range(rounds + 1):
-        for row, objective in objectives.items():
+def reset_memory(device):
+    gc.collect()
+    if device.type == "cuda":
+        return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError, AttributeError):      # what common.keep_memory_mapped() kept
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")           # sets VmHWM back (man 5 proc)
+
+
+class Work:
+    """Of one call of a Net, counted on the meta device: parameters, FLOPs (2 a multiply-add), and the bytes that its modules read and write if each is read and written once."""
+
+    def __init__(self, spec: Net, size: int, batch: int = 1):
+        self.bytes = 0
+
+        def count(m, inputs, out):
+            self.bytes += sum(4 * x.numel() for x in (*inputs, out, *m.parameters()) if torch.is_tensor(x))
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net = spec.make()
+            for m in net.modules():
+                if not list(m.children()):
+                    m.register_forward_hook(count)
+            spec.call(net, *spec.inputs(size, batch))
+        self.params, self.flops = sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+
+
+class Runner:
+    """A Net on the device, in the faster of two memory layouts, with its peak memory. Weights are one block of noise over and over, at the usual scale."""
+
+    def __init__(self, spec: Net, size: int, device, batch: int = 1, dtype=torch.float32):
+        reset_memory(device)
+        base = memory(device)[0]
+        with torch.device("meta"):
+            net = spec.make()
+        net = net.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+        noise = torch.randn(2**20, device=device, dtype=dtype)
+        for p in [*net.parameters(), *net.buffers()]:
+            if p.is_floating_point():
+                flat, scale = p.data.view(-1), p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
+                for i in range(0, len(flat), len(noise)):
+                    torch.mul(noise[:len(flat[i:i + len(noise)])], scale, out=flat[i:i + len(noise)])
+        with torch.device(device):
+            inputs = [x.to(dtype) for x in spec.inputs(size, batch)]
+        in_layout = lambda x, layout: x.contiguous(memory_format=layout) if x.ndim == 4 else x
+        self.net, self.layout, best = net, "", math.inf
+        for layout, name in ((torch.contiguous_format, "NCHW"), (torch.channels_last, "NHWC"))[:2 if spec.conv else 1]:
+            net.to(memory_format=layout)
+            run = lambda inputs=[in_layout(x, layout) for x in inputs]: spec.call(net, *inputs)
+            if not self.layout:
+                seconds(run, device)                        # the first call warms up
+                self.peak = memory(device)[1] - base
+            if (taken := seconds(run, device)) < best:
+                best, self.layout, self.run = taken, name, run
+        net.to(memory_format=torch.channels_last if self.layout == "NHWC" else torch.contiguous_format)
+        reset_memory(device)
+        seconds(self.run, device)
+        self.peak = memory(device)[1] - base
+
+
+def race(specs: dict[str, Net], size: int, device, rounds: int, dtype) -> list[dict]:
+    """A row for each: ours by itself, each peer in turns with ours."""
+    first, *others = specs
+    ours, rows, peaks, bands = Runner(specs[first], size, device, dtype=dtype), [], [], []
+    for name in tqdm([first, *others], unit="network"):
+        peer, own, theirs = ours if name == first else Runner(specs[name], size, device, dtype=dtype), [], []
+        for _ in range(rounds):
+            own.append(seconds(ours.run, device))
+            theirs.append(seconds(peer.run, device) if name != first else own[-1])
+            peak, band = machine(device, dtype)
+            peaks.append(peak)
+            bands.append(band)
+        work = Work(specs[name], size)
+        rows.append({"net": name, "name": specs[name].name, "params": work.params, "flops": work.flops, "bytes": work.bytes, "s": statistics.median(theirs), "ratio": statistics.median(theirs) / statistics.median(own),
+                     "peak": peer.peak, "layout": peer.layout})
+        peer = None
+        gc.collect()
+    peak, band = statistics.median(peaks), statistics.median(bands)
+    for r in rows:
+        r |= {"rate": r["flops"] / r["s"], "share": r["flops"] / r["s"] / peak, "floor": r["flops"] / peak, "floor_bytes": r["bytes"] / band, "peak_flops": peak, "bandwidth": band}
+    return rows
+
+
+# ---------------------------------------------------------------------------- subjects: each returns what its JSON file holds
+def unet(a, device):
+    return {"size": a.size, "rows": race(pick(denoisers(a.nets), a.nets), a.size, device, a.rounds, a.dtype)}
+
+
+def decoder(a, device):
+    return {"size": a.size, "rows": race(pick(decoders(a.nets), a.nets), a.size, device, a.rounds, a.dtype)}
+
+
+def pick(specs: dict, wanted) -> dict:
+    return {k: v for k, v in specs.items() if not wanted or k in wanted or k == "ours"}
+
+
+class Stopwatch:
+    """Counts the seconds inside a function of an object while the block lasts."""
+
+    def __init__(self, obj, name, device):
+        self.obj, self.name, self.device, self.spent = obj, name, device, 0.0
+
+    def __enter__(self):
+        inner = getattr(self.obj, self.name)
+
+        def timed(*args, **kw):
+            wait(self.device)
             begin = time.perf_counter()
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                loss = objective(x0, eps, t, ids, mask)[0].mean()
-            loss.backward()
-            objective.zero_grad()
-            float(loss.detach())                                # waits for the device
-            if k:
-                taken[row].append(time.perf_counter() - begin)
-    return {row: statistics.median(v) for row, v in taken.items()}
+            out = inner(*args, **kw)
+            wait(self.device)
+            self.spent += time.perf_counter() - begin
+            return out
+        setattr(self.obj, self.name, timed)
+        return self
+
+    def __exit__(self, *_):
+        delattr(self.obj, self.name)
 
 
-def distillation(a):
-    cfg = read_config(distill.Config(), ["--config", a.config, *a.overrides])
-    base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + a.seeds)
-    teacher = distill.find_teacher(cfg.teacher)[1]
-    place = lambda row, seed: re.sub(r"\W+", "_", row).strip("_") + f"_{seed}"
-    jobs = lambda row, keys: {place(row, seed): train_and_score(a, "distill.py", base / place(row, seed), [*keys, f"seed={seed}"]) for seed in seeds}
-    rows = {row: KD_ROWS[row] for row in KD_ROWS if row in a.kd_rows}
-    per_seed = [jobs(row, keys) for row, keys in rows.items()]
-    run_all({name: job[name] for k in range(len(seeds)) for job in per_seed for name in [list(job)[k]]} | {"teacher": [score_only(a, teacher, base / "teacher")]}, base, a.jobs)
-    found = lambda row: [outcome(p.parent) for p in sorted(base.glob(place(row, "[0-9]*") + "/score.json"))]      # seeds of this call and of earlier ones
-    longer, steps = "alone, as long as the slowest", {row: cfg.steps for row in KD_ROWS if found(row)}
-    taken = training_seconds(a, {row: KD_ROWS[row] for row in steps})
-    slowest = max(steps, key=taken.get)
-    if slowest != "alone":
-        steps[longer], taken[longer] = round(cfg.steps * taken[slowest] / taken["alone"]), taken["alone"]
-        run_all(jobs(longer, [*KD_ROWS["alone"], f"steps={steps[longer]}"]), base, a.jobs)
+def sample(a, device):
+    """Where a picture's time goes: the shipped model, and the paper's UNet with the tiny decoder at random weights (its text states are given). And what projecting the text once saves there."""
+    rows, prompts = [], ["a red car to the left of a blue dog"]
+    (net, config), ae = load_model("assets/fast", device), load_autoencoder("assets/ae", device)
+    for batch in (1, 16):
+        taken = []
+        for k in range(a.rounds + 6):
+            with Stopwatch(net, "encode", device) as text, Stopwatch(net.denoiser, "forward", device) as unet, Stopwatch(ae, "decode", device) as dec:
+                total = seconds(lambda: generate(net, ae, prompts * batch, range(batch), config["data"]["size"], **settings(config), batch=batch), device)
+            taken.append((total, text.spent, unet.spent, dec.spent))
+        total, *parts = (statistics.median(x) / batch for x in zip(*taken[3:]))
+        rows.append({"what": f"assets/fast, {config['data']['size']} px, {batch} at once, {len(settings(config)['steps']) - 1} steps", "s": total, "text": parts[0], "unet": parts[1], "decoder": parts[2], "outside": 1 - sum(parts) / total})
+    big, size, reads = Runner(denoisers(["ours"])["ours"], 256, device, dtype=a.dtype).net, 256, lambda L: torch.randn(1, L, 2304, device=device, dtype=a.dtype)
+    x, states = torch.randn(1, 16, size // 8, size // 8, device=device, dtype=a.dtype), Text(reads(333), torch.ones(1, 333, dtype=torch.bool, device=device))
+    class Anew:                                             # the same network without its keys_values()
+        __call__ = lambda self, *args: big(*args)
+    ways = {name: lambda net=net: euler(guided(net, states, states, 4.0), x, times(4, 3.0)) for name, net in (("once", big), ("anew", Anew()))}
+    taken = {name: [] for name in ways}
+    for _ in range(a.rounds + 2):
+        for name, f in ways.items():
+            taken[name].append(seconds(f, device))
+    with torch.inference_mode():
+        once, anew = (f() for f in ways.values())
+    return {"rows": rows, "cache": {name: statistics.median(v) for name, v in taken.items()} | {"size": size, "difference": float((once - anew).abs().max() / anew.std())}}
 
-    out = {"config": a.config, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, "prompts": a.prompts, "each": a.each, "slowest": slowest, **provenance(cfg.seed),
-           "params": count_params(load_model(base / place("alone", cfg.seed) / "final")[0]), "teacher_params": count_params(load_model(teacher)[0]),
-           "teacher": json.loads((base / "teacher" / "score.json").read_text())["scores"], "teacher_val": float(next(r["val"] for r in reversed(read_log(teacher.parent / "log.csv")) if r.get("val"))),
-           "rows": {row: {"steps": found(row)[-1]["steps"], "step_s": taken[row], "seeds": found(row)} for row in steps}}
-    print(f"\n{'row':30} {'steps':>5} {'s/step':>6} {'loss':>7} {'score':>6}  of each seed;  teacher: {out['teacher_val']:.4f} {out['teacher']['mean']['score']:.3f}")
-    for row, r in out["rows"].items():
-        mean = lambda pick: statistics.mean(map(pick, r["seeds"]))
-        print(f"{row:30} {r['steps']:5} {r['step_s']:6.3f} {mean(lambda s: s['val']):7.4f} {mean(lambda s: s['scores']['mean']['score']):6.3f}  " + " ".join(f"{s['scores']['mean']['score']:.3f}" for s in r["seeds"]))
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(a.out).write_text(json.dumps(out, indent=1))
-    print(f"\n{a.out}")
+
+def of_equal_flops(network, size: int, tokens: int, head_dim: int = 32) -> MMDiTConfig:
+    """The MMDiT, six blocks per four heads or so, whose forward pass comes nearest to the network's."""
+    goal = forward_flops(network, size, tokens)
+    make = lambda heads: MMDiTConfig(layers=max(2, 3 * heads // 2), heads=heads, head_dim=head_dim, context_dim=network.context_dim, pooled_dim=network.context_dim, base=size // 16, position_max=size // 16)
+    return min((make(h) for h in range(2, 40)), key=lambda m: abs(math.log(forward_flops(m, size, tokens) / goal)))
+
+
+def train(a, device):
+    """One optimiser step of flow training, UNet and MMDiT in turns: forward and backward pass, and Muon or AdamW as the config says. Text states of frozen encoders are given."""
+    rows = []
+    for path, batch in ((("configs/base.toml", 64), ("configs/t2i_256.toml", 64)) if device.type == "cuda" else (("configs/nano.toml", 0), ("configs/base.toml", 4))):
+        cfg = read_config(Config(), ["--config", path])
+        n, amp = batch or cfg.batch, use_bfloat16(cfg.amp, device)
+        nets = {"UNet": chosen(cfg.arch, cfg.model, cfg.mmdit)}
+        nets["MMDiT"] = of_equal_flops(nets["UNet"], cfg.data.size, cfg.tokens)
+        steps, taken, peaks, memories = {}, {k: [] for k in nets}, [], {}
+        for name, network in nets.items():
+            reset_memory(device)
+            base = memory(device)[0]
+            own = cfg.text.kind == "own"
+            objective = FlowObjective(TextToLatents(network, cfg.text)).to(device)
+            opt, run = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay), torch.compile(objective) if cfg.compile and device.type == "cuda" else objective
+            x0, eps = torch.randn(2, n, 16, cfg.data.size // 8, cfg.data.size // 8, device=device)
+            words = [x.to(device) for x in tokenize(["a red car to the left of a blue dog"] * n)] if own else [torch.randn(n, cfg.tokens, cfg.text.width, device=device), torch.ones(n, cfg.tokens, dtype=torch.bool, device=device)]
+            words += [words[0].mean(1)] if not own and name == "MMDiT" else []
+
+            def step(run=run, opt=opt, x0=x0, eps=eps, words=words, t=torch.rand(n, device=device)):
+                with torch.inference_mode(False), torch.enable_grad():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                        loss = run(x0, eps, t, *words)[0].mean()
+                    loss.backward()
+                    opt.step()
+                    opt.zero_grad(set_to_none=True)
+            steps[name] = step
+            for _ in range(2):
+                seconds(step, device)
+            memories[name] = memory(device)[1] - base
+        for _ in range(a.rounds + 2):
+            for name, step in steps.items():
+                taken[name].append(seconds(step, device))
+            peaks.append(machine(device, torch.bfloat16 if amp else torch.float32)[0])
+        for name, network in nets.items():
+            s, flops, peak = statistics.median(taken[name]), training_flops(cfg, network), statistics.median(peaks)
+            rows.append({"config": path, "net": name, "params": sum(p.numel() for p in steps[name].__defaults__[0].parameters()), "batch": n, "amp": "bfloat16" if amp else "float32", "flops": flops, "s": s, "img_s": n / s, "mfu": n * flops / s / peak, "peak_flops": peak, "peak": memories[name]})
+    return {"rows": rows}
+
+
+def data(a, device):
+    """Pictures/s that a training process gets: drawn and encoded once (`first`), then out of memory, captions worded and tokenised anew each time. Beside it what a GPU would eat at most."""
+    cfg = read_config(Config(), ["--config", "configs/base.toml", "data.pictures=4096"])
+    scenes = scenes_of(cfg.data)
+    begin = time.perf_counter()
+    for i in range(200):
+        scenes.render(scenes.scene(i))
+    drawn = 200 / (time.perf_counter() - begin)
+    batches, k = Batches(cfg, torch.randn(4096, 16, 32, 32).half(), device, 0, 1), 0
+    begin = time.perf_counter()
+    while k < 8 or time.perf_counter() - begin < 5:
+        batches(k)
+        k += 1
+    loader = k * cfg.batch / (time.perf_counter() - begin)
+    eats = 0.35 * H200 / training_flops(cfg, cfg.model)
+    return {"config": "configs/base.toml", "drawn": drawn, "loader": loader, "eats": eats, "mfu": 0.35, "gpu_flops": H200}
+
+
+def scaling(a, device):
+    """Time and memory against resolution and batch; steps add up, and are measured all the same."""
+    specs, out = {"UNet": denoisers(["ours"])["ours"], "decoder": decoders(["ours"])["ours"], "decoder, small": decoders(["ours"])["ours_small"]}, {"rows": []}
+    for name, spec in specs.items():
+        for size, batch in [(s, 1) for s in (256, 384, 512, 768, 1024)] + [(256, b) for b in (2, 4, 8)] * (name == "UNet"):
+            runner = Runner(spec, size, device, batch, a.dtype)
+            out["rows"].append({"net": name, "size": size, "batch": batch, "s": statistics.median(seconds(runner.run, device) for _ in range(a.rounds)), "peak": runner.peak, "flops": Work(spec, size, batch).flops})
+            print(f"{name} {size} px x {batch}: {out['rows'][-1]['s']:.2f} s, {out['rows'][-1]['peak'] / GiB:.2f} GiB", flush=True)
+            runner = None
+    (net, config) = load_model("assets/scenes", device)
+    for steps in (1, 2, 4, 8, 16, 28):
+        how = settings(config, steps=steps)
+        out["rows"].append({"net": "shipped", "steps": steps, "size": 64, "batch": 1, "s": statistics.median(seconds(lambda: generate(net, None, ["a red car"], [k], 64, **how), device) for k in range(7))})
+    return out
+
+
+# ---------------------------------------------------------------------------- others
+def profile(a, device):
+    from torch.profiler import profile as watch
+    spec = (denoisers if a.profile == "unet" else decoders)(["ours"])["ours"]
+    runner = Runner(spec, a.size, device, dtype=a.dtype)
+    with torch.inference_mode(), watch() as p:
+        runner.run()
+        wait(device)
+    key = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    print(p.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=48))
 
 
 # ---------------------------------------------------------------------------- few steps
@@ -155,75 +326,57 @@ def unet_seconds(a, rounds: int = 8):
         print(f"{batch:2} at a time: " + ", ".join(f"{path} {1e3 * m:.1f} ms a picture" for path, m in zip(a.few, medians)) + f", {medians[0] / medians[1]:.1f} x")
 
 
-# ---------------------------------------------------------------------------- the ablation
-def at_small_width(row: str, cfg: UNetConfig) -> UNetConfig:
-    """The row's flags of the paper's ladder, with half its depths, on the widths of `cfg`."""
-    half, preset = lambda depths: [-(-d // 2) for d in depths], PRESETS[row]
-    flags = {k: v for change in LADDER.values() for k in change for v in [getattr(preset, k)] if k not in ("context_dim", "depth_down")}
-    return replace(cfg, **flags, depth_down=half(preset.depth_down), depth_mid=half([preset.depth_mid])[0], depth_up=half(preset.depth_up))
-
-
-def seconds_a_step(nets: dict, latent: int, context: int, batch: int, device, rounds: int = 15) -> dict:
-    """Median seconds of one denoising step of each network, in turns."""
-    x, t, text = torch.randn(batch, 16, latent, latent, device=device), torch.rand(batch, device=device), torch.randn(batch, 16, context, device=device)
-    taken = {name: [] for name in nets}
-    with torch.inference_mode():
-        for k in range(rounds + 2):
-            for name, net in nets.items():
-                begin = time.perf_counter()
-                net(x, t, text).sum().item()                # .item() waits for the device
-                if k > 1:
-                    taken[name].append(time.perf_counter() - begin)
-    return {name: sorted(v)[len(v) // 2] for name, v in taken.items()}
-
-
-def ablation(a):
-    cfg = read_config(Config(), ["--config", a.config, *a.overrides])
-    models, base = {row: at_small_width(row, cfg.model) for row in a.rows}, Path(cfg.out)
-    commands = {}
-    for row, m in models.items():
-        keys = [f"model.{k}={json.dumps(v)}" for k, v in asdict(m).items() if v != getattr(UNetConfig(), k)]
-        commands[row] = train_and_score(a, "train.py", base / row, keys)
-    run_all(commands, base, a.jobs)
-
-    device, _, _ = setup("auto")
-    nets = {row: UNet(m).to(device).eval() for row, m in models.items()}
-    fast, large = (seconds_a_step(nets, size // 8, cfg.model.context_dim, 1, device) for size in (cfg.data.size, 512))
-    out = {"config": a.config, "steps": cfg.steps, "batch": cfg.batch, "nouns": cfg.data.nouns, "size": cfg.data.size, **provenance(cfg.seed), "rows": {}}
-    print(f"\n{'row':6} {'M params':>8} {'GMACs':>7} {'ms a step':>9} {'512 px':>8} {'img/s':>6} {'loss':>7} {'score':>6}  95 %")
-    for row, m in models.items():
-        r = out["rows"][row] = {"params": count_params(nets[row]), "macs": count_macs(m, cfg.data.size // 8, 16), "macs_512": count_macs(m, 64, 16), "step_s": fast[row], "step_512_s": large[row],
-                                **outcome(base / row)}
-        score = r["scores"]
-        print(f"{row:6} {r['params'] / 1e6:8.2f} {r['macs'] / 1e9:7.3f} {1e3 * fast[row]:9.2f} {1e3 * large[row]:8.1f} {r['img_s']:6.0f} {r['val']:7.4f} {score['mean']['score']:6.3f}  "
-              f"{score['mean']['low']:.3f} - {score['mean']['high']:.3f}")
-    Path(a.out).parent.mkdir(parents=True, exist_ok=True)
-    Path(a.out).write_text(json.dumps(out, indent=1))
-    print(f"\n{a.out}")
+SUBJECTS = {"unet": unet, "decoder": decoder, "sample": sample, "train": train, "data": data, "scaling": scaling}
 
 
 def main(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("what", nargs="*", metavar="unet|decoder|sample|train|data|all|key=value", help="subjects; of the grids, overrides of the config")
+    p.add_argument("--scaling", action="store_true", help="time and memory against resolution, batch, steps")
+    p.add_argument("--profile", choices=("unet", "decoder"), help="our operations, by their time")
+    p.add_argument("--few", nargs=2, default=(), metavar=("BASE", "FAST"), help="two checkpoints")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--size", type=int, default=1024, help="pixels")
+    p.add_argument("--rounds", type=int, default=2, help="turns")
+    p.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
+    p.add_argument("--nets", nargs="+", default=[], choices=("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "ours_small", "ours_plain", "taesd3", "dcae"), help="ours and these alone")
+    p.add_argument("--bf16", action="store_true", help="all in bfloat16, not fp32")
     p.add_argument("--ablation", action="store_true", help="the paper's ladder at a small width")
     p.add_argument("--distillation", action="store_true", help="students with and without each part of distill.py")
-    p.add_argument("--few", nargs=2, default=(), metavar=("BASE", "FAST"), help="two checkpoints")
-    p.add_argument("--config", default="", help="default: configs/ablation.toml, or configs/kd_nano.toml")
-    p.add_argument("--rows", nargs="+", default=ROWS, choices=[r for r in LADDER])
-    p.add_argument("--kd-rows", nargs="+", default=list(KD_ROWS), choices=list(KD_ROWS), help="of --distillation; alone must be among them")
+    p.add_argument("--config", default="", help="of the grids; default: configs/ablation.toml, or configs/kd_nano.toml")
+    p.add_argument("--rows", nargs="+", default=grids.ROWS, choices=list(grids.LADDER))
+    p.add_argument("--kd-rows", nargs="+", default=list(grids.KD_ROWS), choices=list(grids.KD_ROWS), help="of --distillation; alone must be among them")
     p.add_argument("--seeds", type=int, default=3, help="of --distillation")
     p.add_argument("--jobs", type=int, default=1, help="rows that train side by side, each a process")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=2, help="pictures a prompt")
-    p.add_argument("--out", default="", help="default: docs/results/ablation.json, or distillation.json")
-    p.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
+    p.add_argument("--out", default="", help="default: docs/results/ablation.json, or distillation.json; of the subjects the folder docs/results")
     a = p.parse_intermixed_args(argv)
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    if a.ablation or a.distillation:
+        a.overrides = a.what
+        return (grids.ablation if a.ablation else grids.distillation)(a)
+    if bad := [w for w in a.what if w not in (*SUBJECTS, "all")]:
+        raise UserError(f"no subject '{bad[0]}': " + ", ".join(SUBJECTS) + ", all")
+    device, a.dtype = setup(a.device)[0], torch.bfloat16 if a.bf16 else torch.float32
     if a.few:
         return unet_seconds(a)
-    if not a.ablation and not a.distillation:
+    if a.profile:
+        return profile(a, device)
+    wanted = [s for s in SUBJECTS if s in a.what or ("all" in a.what and s != "scaling") or (a.scaling and s == "scaling")]
+    if not wanted:
         return p.print_help()
-    name, config, run = ("ablation", "ablation", ablation) if a.ablation else ("distillation", "kd_nano", distillation)
-    a.config, a.out = a.config or f"configs/{config}.toml", a.out or f"docs/results/{name}.json"
-    run(a)
+    folder = Path(a.out or ROOT / "docs/results")
+    folder.mkdir(parents=True, exist_ok=True)
+    for s in wanted:
+        about = {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
+        found = SUBJECTS[s](a, device) | about
+        (folder / f"bench_{s}.json").write_text(json.dumps(found, indent=1))
+        (folder.parent / "BENCH.md").write_text(bench_page(folder))
+        if s == "scaling":
+            cost_plot(found, folder.parent / "scaling_cost.png")
+    print((folder.parent / "BENCH.md").read_text())
 
 
 if __name__ == "__main__":

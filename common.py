@@ -181,11 +181,12 @@ def attention(q, k, v, mask=None):
 
 
 def keep_memory_mapped():
-    """glibc hands big buffers back to the system after every op, and page faults then dominate CPU runs: tell it to keep them."""
+    """glibc hands big buffers back to the system after every op, and page faults then dominate CPU runs: tell it to keep them, and PyTorch to ask for pages of 2 MiB."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        for option in (-1, -3):                             # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(option, 2**30)
+        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: no buffer of its own mapping, which free() would unmap
 
 
 def peak_memory(device: torch.device) -> float:

@@ -59,10 +59,13 @@ class DreamLite(UNet):
         angle = self.pixels.to(t.device).float().view(-1, 2, 1) * freqs                  # (B or 1, 2, freqs/2): of both sides
         return super().embed_time(t) + self.size(torch.cat([angle.cos(), angle.sin()], -1).flatten(1).to(self.conv_in.weight.dtype))   # (B, time_dim)
 
+    def keys_values(self, context):
+        return super().keys_values(self.project(context))
+
     def forward(self, x, t, context, mask=None, features=(), size=None):
         """As UNet's, with context (B, L, text_dim); size (B, 2): width and height in pixels (None: those of x, whose right half is the picture to edit)."""
         self.pixels = torch.tensor([[4 * x.shape[3], 8 * x.shape[2]]]) if size is None else size      # for embed_time
-        return super().forward(x, t, self.project(context), mask, features)
+        return super().forward(x, t, context if isinstance(context, dict) else self.project(context), mask, features)
 
 
 # ---------------------------------------------------------------------------- from diffusers' config and names

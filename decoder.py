@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import stripes
 from checkpoint import hub_folder, hub_tensors, load_checkpoint, load_into, resolve, save_checkpoint
 from common import Log, UserError, attention, friendly, provenance, read_config, setup, use_bfloat16
 from data import DataConfig, Scenes, grid, to_tensor
@@ -203,9 +204,12 @@ class Autoencoder(nn.Module):
             raise ValueError(f"picture height and width must be multiples of 8, got {images.shape[-2]}x{images.shape[-1]}")
         return (self.moments(images)[0] - self.cfg.shift) * self.cfg.scale
 
-    def decode(self, latents):
-        """Normalised latents (B, latent, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1]."""
-        return self.decoder(latents / self.cfg.scale + self.cfg.shift)
+    def decode(self, latents, low_memory: bool = False):
+        """Normalised latents (B, latent, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1]. Large ones by stripes.py where no gradient is asked for; low_memory: a third of it, slower."""
+        z = latents / self.cfg.scale + self.cfg.shift
+        if torch.is_grad_enabled() or self.cfg.decoder == "sd3" or z.shape[2] * z.shape[3] < 1024:
+            return self.decoder(z)
+        return torch.cat([stripes.decode(self.decoder, one[None], keep=not low_memory) for one in z])
 
 
 def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:

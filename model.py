@@ -134,7 +134,6 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(self.D) if cfg.qk_norm else nn.Identity()
 
     def keys_values(self, context):
-        """Of a text these are the same in every sampling step."""
         k, v = self.kv(context).unflatten(-1, (2, self.G, self.D)).unbind(2)             # (B, L, G, D) each
         return self.k_norm(k), v
 
@@ -171,7 +170,8 @@ class TransformerBlock(nn.Module):
         if self.self_attn is not None:
             h = self.norm1(x)
             x = x + self.self_attn(h, *self.self_attn.keys_values(h), rope=rope)
-        x = x + self.cross_attn(self.norm2(x), *self.cross_attn.keys_values(context), mask=mask)
+        k, v = context[self] if isinstance(context, dict) else self.cross_attn.keys_values(context)
+        x = x + self.cross_attn(self.norm2(x), k, v, mask=mask)
         return x + self.ff(self.norm3(x))
 
 class Transformer(nn.Module):
@@ -277,9 +277,13 @@ class UNet(nn.Module):
         angle = 1000 * t.float()[:, None] * freqs                                        # (B, time_freqs/2)
         return self.time(torch.cat([angle.cos(), angle.sin()], -1).to(self.conv_in.weight.dtype))
 
+    def keys_values(self, context):
+        """Keys and values of the text states for every block, {block: (k, v)}: the same in all sampling steps, and taken by forward() in the states' place."""
+        return {m: m.cross_attn.keys_values(context) for m in self.modules() if isinstance(m, TransformerBlock)}
+
     def forward(self, x, t, context, mask=None, features=()):
-        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states context (B, L, context_dim) and their mask (B, L),
-        True for a real token (None: all are) -> velocity (B, C, H, W). With features, names out of down0.. mid up0.., the outputs of
+        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states context (B, L, context_dim), or what keys_values() made of them, and
+        their mask (B, L), True for a real token (None: all are) -> velocity (B, C, H, W). With features, names out of down0.. mid up0.., the outputs of
         these stages come along as {name: (B, C, H, W)}: (velocity, dict)."""
         cfg, (H, W), last = self.cfg, x.shape[2:], len(self.down) - 1
         if H % 2 ** last or W % 2 ** last:
@@ -288,7 +292,7 @@ class UNet(nn.Module):
         mask = None if mask is None else mask[:, None, None, :]                          # (B, 1, 1, L), for all heads and queries
         ropes = [rope_table(H >> i, W >> i, cfg.head_dim, cfg.rope, x.device) if cfg.rope and sa else None for i, sa in enumerate(cfg.self_attn)]
 
-        x = self.conv_in(x)                                                              # (B, C0, H, W)
+        x = self.conv_in(x.contiguous(memory_format=torch.channels_last))                # (B, C0, H, W); so that tokens (B, N, C) are views, 2-6 % faster
         skips = []
         for i, stage in enumerate(self.down):
             x = self.downsample[i - 1](x) if i > 0 else x                                # (B, C, H/2, W/2)

@@ -13,10 +13,13 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import plots
 from common import ROOT, UserError, friendly
 from data import CATEGORIES
 from decoder import AutoencoderConfig, tiny_decoder
 from model import SHEET, count_params
+
+GiB = 2**30
 
 # The paper's own numbers and its rivals' (paper.md, section 7): GenEval in the order of CATEGORIES, the mean, DPG-Bench
 GENEVAL = {"SnapGen (paper), 0.38 B": (1.00, .84, .60, .88, .18, .45, .66, 81.1), "SDXL, 2.6 B": (.98, .74, .39, .85, .15, .23, .55, 74.7),
@@ -117,6 +120,82 @@ def write(folder: Path) -> str:
             "- **GenEval and DPG-Bench themselves**: `--geneval` and `--dpg` write the folders that the official evaluators read; a model of scenes does not know their prompts.",
             "- **The phone**: see `docs/COREML.md`."]
     return "\n\n".join(out) + "\n"
+
+
+# ---------------------------------------------------------------------------- docs/BENCH.md, for bench.py
+def goals(found: dict) -> list[tuple]:
+    """What was aimed at (on a CPU), what was measured, and, where it was missed, the floor."""
+    rows, out = {s: {r["net"]: r for r in d["rows"]} for s, d in found.items() if s in ("unet", "decoder")}, []
+    goal = lambda what, value, least, why, show=lambda v: f"{v:.2f} x": out.append((what, f"at least {show(least)}", show(value), "reached" if value >= least else f"missed: {why}"))
+    u, d = rows.get("unet", {}), rows.get("decoder", {})
+    if "sdxl" in u:
+        goal("UNet: faster than SDXL's", u["sdxl"]["ratio"], 5.0, f"its work alone is {u['sdxl']['flops'] / u['ours']['flops']:.2f} x ours")
+    if "dreamlite" in u:
+        o, p = u["ours"], u["dreamlite"]
+        goal("UNet: GFLOP/s over DreamLite's", p["ratio"] * o["flops"] / p["flops"], 1.15,
+             f"both are matrix products by the same library: DreamLite's runs at {p['share']:.0%} of the machine's own, so {1 / p['share']:.2f} x would be all of it; ours is at {o['share']:.0%}")
+    if "sd3" in d:
+        goal("decoder: faster than SD3's", d["sd3"]["ratio"], 25.0, f"its work is {d['sd3']['flops'] / d['ours']['flops']:.1f} x ours, but dense 3x3 convolutions reach {d['sd3']['share']:.0%} of the peak, thin 1x1 ones {d['ours']['share']:.0%}")
+        for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), ("ours_small", "decoder in stripes for memory: under SD3's", 10.0)):
+            goal(name, d["sd3"]["peak"] / d[key]["peak"], share, "a map of 64 channels at full resolution is 0.25 GiB")
+    if "taesd3" in d:
+        o, p = d["ours"], d["taesd3"]
+        goal("decoder: faster than TAESD3", p["ratio"], 1.3, f"TAESD3 has {p['flops'] / o['flops']:.2f} x the work, all of it dense 3x3 convolutions at {p['share']:.0%} of the peak; ours are 1x1 over 64 to 512 channels, "
+             f"and each byte of a map that is moved counts: {o['floor']:.1f} s of products at the peak, {o['floor_bytes']:.1f} s of memory at the copy's speed, {o['s']:.1f} s measured")
+    if "sample" in found:
+        worst = max(r["outside"] for r in found["sample"]["rows"])
+        out.append(("sampling: time outside the networks", "under 5 %", f"{worst:.1%}", "reached" if worst < 0.05 else "missed"))
+        out.append(("cached text projections: the same latents", "to 1e-5", f"{found['sample']['cache']['difference']:.0e}", "reached" if found["sample"]["cache"]["difference"] < 1e-5 else "missed"))
+    if "data" in found:
+        goal("loader: times what a GPU eats", found["data"]["loader"] / found["data"]["eats"], 3.0, "more processes: each rank has its own")
+    if not any("cuda" in json.dumps(f.get("device", "")) for f in found.values()):
+        out.append(("training on an H200: MFU with torch.compile and bfloat16", "at least 35 %", "not measured", "no GPU was at hand: `python bench.py train --device cuda`"))
+    return out
+
+
+def bench_page(folder: Path) -> str:
+    found = {s: json.loads(f.read_text()) for s in ("unet", "decoder", "sample", "train", "data", "scaling") if (f := folder / f"bench_{s}.json").exists()}
+    out = ["# What it costs", "Made by `python bench.py all` and `python bench.py --scaling`, from `docs/results/bench_*.json`. Random weights, one picture at a time if nothing else is said. "
+           "**x**: how many times the time of ours, both timed in turns. Share: of what the machine's matrix product reached in the same run. GiB: what the process grew by, weights included. "
+           "Floor: the work at that peak | all modules' inputs, outputs and weights once at the speed of a copy."]
+    if g := goals(found):
+        out += ["## Aims", table(["what", "aim", "measured", ""], g)]
+    for s, title in (("unet", "Denoisers: one evaluation"), ("decoder", "Decoders")):
+        if s in found:
+            f, first = found[s], found[s]["rows"][0]
+            out += [f"## {title} at {f['size']} px", f"`python bench.py {s}`, {f['threads']} threads, {made(f)}. Matrix product {first['peak_flops'] / 1e9:.0f} GFLOP/s, copy {first['bandwidth'] / 1e9:.1f} GB/s.",
+                    table(["network", "M parameters", "GFLOP", "s", "x", "GFLOP/s", "share", "GiB", "layout", "floor s"], [
+                        (r["name"], f"{r['params'] / 1e6:.2f}", f"{r['flops'] / 1e9:.0f}", f"{r['s']:.2f}", f"{r['ratio']:.2f}", f"{r['rate'] / 1e9:.0f}", f"{r['share']:.0%}", f"{r['peak'] / GiB:.2f}", r["layout"],
+                         f"{r['floor']:.2f}, {r['floor_bytes']:.2f}") for r in f["rows"]])]
+    if "sample" in found:
+        f, c = found["sample"], found["sample"]["cache"]
+        out += ["## Sampling: where a picture's time goes", f"`python bench.py sample`, {f['threads']} threads, {made(f)}",
+                table(["what", "ms", "text", "UNet", "decoder", "outside"], [(r["what"], *(f"{1e3 * r[k]:.1f}" for k in ("s", "text", "unet", "decoder")), f"{r['outside']:.1%}") for r in f["rows"]]),
+                f"The text's keys and values do not change between steps. Projected once instead of in each step, the 379 M UNet at {c['size']} px with 333 tokens and guidance takes {c['once']:.2f} s for 4 steps, not {c['anew']:.2f} "
+                f"({c['anew'] / c['once']:.3f} x); the latents differ by {c['difference']:.0e} of their deviation."]
+    if "train" in found:
+        f = found["train"]
+        out += ["## Training: one step", f"`python bench.py train`, {f['threads']} threads, {made(f)}. An MMDiT of nearly equal FLOPs beside it, in turns.",
+                table(["config", "network", "M parameters", "batch", "arithmetic", "GFLOP a picture", "pictures/s", "share of the peak (MFU)", "GiB"], [
+                    (r["config"], r["net"], f"{r['params'] / 1e6:.2f}", r["batch"], r["amp"], f"{r['flops'] / 1e9:.2f}", f"{r['img_s']:.1f}", f"{r['mfu']:.0%}", f"{r['peak'] / GiB:.2f}") for r in f["rows"]])]
+    if "data" in found:
+        f = found["data"]
+        out += ["## Data", f"`python bench.py data`, {made(f)}. Scenes of `{f['config']}` are drawn at {f['drawn']:.0f} pictures/s on one core, and encoded, once. From then on a process is given {f['loader']:.0f} pictures/s out of memory, "
+                f"captions worded and tokenised anew. One GPU of {f['gpu_flops'] / 1e12:.0f} TFLOP/s would eat {f['eats']:.0f} at an MFU of {f['mfu']:.0%} (computed, not measured)."]
+    if "scaling" in found:
+        f, of = found["scaling"], lambda *k: [r for r in found["scaling"]["rows"] if r["net"] in k]
+        out += ["## How cost grows", f"`python bench.py --scaling`, {f['threads']} threads, {made(f)}", "![time and memory against resolution](scaling_cost.png)",
+                table(["network", "px", "batch", "s", "GFLOP/s", "GiB"], [(r["net"], r["size"], r["batch"], f"{r['s']:.2f}", f"{r['flops'] / r['s'] / 1e9:.0f}", f"{r['peak'] / GiB:.2f}") for r in of("UNet", "decoder", "decoder, small")]),
+                "The shipped model, 64 px, guided, without decoding: " + ", ".join(f"{r['steps']} steps {1e3 * r['s']:.0f} ms" for r in of("shipped")) + "."]
+    return "\n\n".join(out) + "\n"
+
+
+def cost_plot(found: dict, out):
+    """Left seconds, right GiB, against the picture's side."""
+    colours = {"UNet": (40, 90, 220), "decoder": (220, 110, 30), "decoder, small": (60, 150, 70)}
+    lines = lambda key: [([(r["size"], r[key]) for r in found["rows"] if r["net"] == net and r["batch"] == 1], c) for net, c in colours.items()]
+    note = "blue: 379 M UNet, orange: decoder, green: in stripes for memory"
+    plots.side_by_side([plots.chart(lines("s"), f"seconds to 1024 px; {note}", 480, 320), plots.chart([([(x, y / GiB) for x, y in line], c) for line, c in lines("peak")], "GiB to 1024 px", 480, 320)], out)
 
 
 if __name__ == "__main__":

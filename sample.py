@@ -92,8 +92,9 @@ def settings(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
 
 def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
     """velocity(x, t) with classifier-free guidance, both halves in one batch: v = v_empty + cfg (v_text - v_empty).
-    Outside the interval of t, or at cfg = 1, the text alone at half the cost (Kynkäänniemi et al. 2024)."""
-    both = join([text, empty])
+    Outside the interval of t, or at cfg = 1, the text alone at half the cost (Kynkäänniemi et al. 2024). Texts are projected to keys and values once."""
+    project = lambda text: text._replace(emb=net.keys_values(text.emb)) if hasattr(net, "keys_values") else text
+    text, both = project(text), project(join([text, empty]))
     pooled = lambda text: {} if text.pooled is None else {"pooled": text.pooled}
 
     def velocity(x, t):
@@ -224,9 +225,9 @@ def to_pictures(images) -> list[np.ndarray]:
 
 
 @torch.inference_mode()
-def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0, interval=(0.0, 1.0), batch=16, progress=False):
+def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0, interval=(0.0, 1.0), batch=16, progress=False, low_memory=False):
     """Captions and seeds, as many of each -> list of uint8 (H, W, 3), or without an autoencoder of latents. `size` in pixels, or (height, width);
-    `steps` a number, or the times themselves."""
+    `steps` a number, or the times themselves; low_memory: of the decoding."""
     height, width = (size, size) if isinstance(size, int) else size
     device, pictures, walk = net.device, [], times(steps, shift) if isinstance(steps, int) else steps
     bar = tqdm(total=len(captions), unit="picture", disable=not progress)
@@ -237,7 +238,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
         noise = lambda k=-1: latents_noise([s + ((k + 1) << 40) for s in seeds[i:i + batch]], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)
         fresh = {"noise": noise} if sampler == "renoise" else {}                                     # from the picture's own seed, too
         latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise(), walk, **fresh)   # (B, 16, H/8, W/8)
-        pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
+        pictures += list(latents) if ae is None else to_pictures(ae.decode(latents, **({"low_memory": True} if low_memory else {})))
         bar.update(n)
     bar.close()
     return pictures
@@ -258,6 +259,7 @@ def main(argv):
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("-n", type=int, default=1, help="pictures a prompt")
     p.add_argument("--size", type=int, nargs="+", default=[0], help="pixels, or height and width; 0 = as in training")
+    p.add_argument("--low-memory", action="store_true", help="decode with a third of the memory, slower (stripes.py)")
     p.add_argument("--device", default="auto")
     p.add_argument("-o", "--out", default="out.png")
     a = p.parse_args(argv)
@@ -285,7 +287,7 @@ def main(argv):
     ae = net if a.coreml else load_autoencoder(a.ae, device)
     captions = [c for c in a.prompts for _ in range(a.n)]
     begin, how = time.time(), settings(config, a.steps, a.cfg, a.sampler, a.shift)
-    pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, **how, interval=tuple(a.interval), progress=True)
+    pictures = generate(net, ae, captions, [a.seed + i for _ in a.prompts for i in range(a.n)], size, **how, interval=tuple(a.interval), progress=True, low_memory=a.low_memory and not a.coreml)
     scale = max(1, 256 // pictures[0].shape[0]) if len(pictures) > 1 else 1
     try:
         sheet = grid(pictures, captions, a.n if len(a.prompts) > 1 else 0, scale) if len(pictures) > 1 else Image.fromarray(pictures[0])

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import adv_distill, ane, bench, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, losses, mmdit, model, optim, pictures, plan, results, sample, text, train
+import adv_distill, ane, bench, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, grids, losses, mmdit, model, optim, peers, pictures, plan, results, sample, stripes, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -442,6 +442,56 @@ def tiny_model():
         for p in net.parameters():
             p.add_(0.05 * torch.randn_like(p))
     return net.eval()
+
+
+def test_the_text_is_projected_once_a_picture_and_the_latents_stay_the_same(monkeypatch):
+    net, calls = tiny_unet(), []
+    words = lambda n, L: text.Text(torch.randn(n, L, 48), torch.arange(L)[None].expand(n, L) < L - torch.arange(n)[:, None])
+    alone, empty, x = words(2, 7), words(2, 3), torch.randn(2, 16, 8, 8)
+    inner = model.Attention.keys_values
+    monkeypatch.setattr(model.Attention, "keys_values", lambda self, context: (calls.append(context.shape[1]), inner(self, context))[1])
+
+    class Anew:                                             # the same network, but no keys_values() to ask in advance
+        __call__ = lambda self, *args: net(*args)
+    draw = lambda net, cfg, interval: sample.euler(sample.guided(net, alone, empty, cfg, interval), x, sample.times(3, 1.0))
+    blocks = sum(isinstance(m, model.TransformerBlock) for m in net.modules())
+    self_attention = sum(m.self_attn is not None for m in net.modules() if isinstance(m, model.TransformerBlock))
+    for cfg, interval in ((4.0, (0.0, 1.0)), (1.0, (0.0, 1.0)), (4.0, (0.5, 1.0))):
+        with torch.no_grad():
+            calls.clear()
+            once, of_once = draw(net, cfg, interval), len(calls)
+            calls.clear()
+            anew, of_anew = draw(Anew(), cfg, interval), len(calls)
+        assert (once - anew).abs().max() < 1e-5 * anew.std()
+        assert of_once == 2 * blocks + 3 * self_attention and of_anew == 3 * (blocks + self_attention)
+
+
+@pytest.mark.parametrize("h, w", [(8, 8), (6, 10), (32, 32)])
+def test_decoding_in_stripes_gives_the_same_pixels(h, w):
+    """In stripes of any height, and with what lies before a norm kept or computed again; Autoencoder.decode takes them for large pictures alone."""
+    torch.manual_seed(0)
+    ae = tiny_ae(tiny_widths=[64, 64, 32, 16], tiny_blocks=[1, 2, 1, 1]).eval().requires_grad_(False)
+    for p in ae.decoder.parameters():
+        p.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.3)
+    z = torch.randn(1, 16, h, w)
+    whole = ae.decoder(z)
+    with torch.no_grad():
+        for keep in (True, False):
+            for r in (0, 3, 16) if h < 32 else (0,):
+                assert (stripes.decode(ae.decoder, z, r, keep) - whole).abs().max() < 1e-4 * whole.std()
+        both = torch.cat([z, z.flip(2)])
+        want = ae.decoder(both / ae.cfg.scale + ae.cfg.shift)
+        for low_memory in (False, True):
+            assert (ae.decode(both, low_memory) - want).abs().max() < 1e-4 * want.std()
+    seen = []
+    original, stripes.decode = stripes.decode, lambda *a, **k: (seen.append(1), original(*a, **k))[1]
+    try:
+        with torch.no_grad():
+            ae.decode(z)
+        ae.decode(z.requires_grad_()).sum().backward()      # gradients go the plain way
+    finally:
+        stripes.decode = original
+    assert len(seen) == (h * w >= 1024) and z.grad is not None
 
 
 def test_guidance_of_one_is_none_and_pictures_do_not_depend_on_the_batch():
@@ -1914,7 +1964,7 @@ def test_processes_share_muons_work_and_get_the_same():
 # ---------------------------------------------------------------------------- bench.py, results.py
 def test_the_small_ladder_changes_what_the_papers_does():
     base = common.read_config(train.Config(), ["--config", str(ROOT / "configs/ablation.toml")]).model
-    rows = {row: bench.at_small_width(row, base) for row in bench.ROWS}
+    rows = {row: grids.at_small_width(row, base) for row in grids.ROWS}
     for (name, m), before in zip(list(rows.items())[1:-1], rows.values()):
         assert {k for k, v in vars(m).items() if v != getattr(before, k)} == set(model.LADDER[name])
     with torch.device("meta"):
@@ -1924,9 +1974,51 @@ def test_the_small_ladder_changes_what_the_papers_does():
     assert {r: m.widths for r, m in rows.items()} == {r: base.widths for r in rows} and rows["final"].depth_down == [1, 1, 2] and rows["a"].depth_down == [0, 1, 2]
 
 
+@pytest.mark.slow
+def test_the_benchmark_counts_as_the_sheets_do():
+    """Parameters and FLOPs of all networks at 1024 px, on the meta device."""
+    known = {"ours": 379.11, "sd15": 859.52, "sdxl": 2567.46, "sana": 591.75, "pixart": 610.86, "sd3": 2028.33}, {"ours": 1.38, "taesd3": 1.23, "dcae": 159.22, "sd3": 49.55}
+    work = {"sdxl": 6.761, "pixart": 6.634}, {"taesd3": 0.566, "dcae": 8.369, "sd3": 10.472}
+    for specs, params, flops in zip((peers.denoisers(), peers.decoders()), known, work):
+        for name in flops if len(flops) == 2 else params:
+            found = bench.Work(specs[name], 1024)
+            assert found.params / 1e6 == pytest.approx(params[name], abs=0.005) and found.bytes > 4 * found.params
+            assert name not in flops or found.flops / 1e12 == pytest.approx(flops[name], abs=0.0006)
+
+
+def test_the_benchmark_measures_and_writes_its_page(tmp_path, capsys, monkeypatch):
+    """Small pictures and ours alone; the page says what was reached and what was missed, from the numbers."""
+    small = dict(widths=[32, 64, 96], context_dim=2304, depth_down=[1, 1, 1], depth_mid=1, depth_up=[1, 1, 0], head_dim=32, time_dim=64, time_freqs=32)
+    monkeypatch.setitem(model.PRESETS, "t2i", model.UNetConfig(**small))
+    bench.main(["unet", "decoder", "--size", "64", "--nets", "ours", "taesd3", "--rounds", "1", "--out", str(tmp_path / "results")])
+    u, d = (json.loads((tmp_path / "results" / f"bench_{s}.json").read_text()) for s in ("unet", "decoder"))
+    rows = {r["net"]: r for r in d["rows"]}
+    assert [r["net"] for r in u["rows"]] == ["ours"] and set(rows) == {"ours", "taesd3"} and u["commit"] and u["threads"] == torch.get_num_threads()
+    for r in [*u["rows"], *d["rows"]]:
+        assert r["s"] > 0 and r["rate"] == pytest.approx(r["flops"] / r["s"]) and r["share"] == pytest.approx(r["rate"] / r["peak_flops"]) and r["peak"] > 0
+    page = (tmp_path / "BENCH.md").read_text()
+    assert page in capsys.readouterr().out and ("reached" if rows["taesd3"]["ratio"] >= 1.3 else "missed: TAESD3 has 1.9") in page.split("faster than TAESD3")[1].split("|")[3]
+    with pytest.raises(UserError, match="no subject 'unets'"):
+        bench.main(["unets"])
+
+
+def test_peak_memory_is_of_one_call(tmp_path):
+    """A Net that holds 64 MiB for a moment, after one that held 256."""
+    torch.zeros(2**26)
+    class Holds(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.zeros(2**20))
+
+        def forward(self, x):
+            return (torch.ones(2**24) * x).sum()
+    runner = bench.Runner(peers.Net("holds", Holds, lambda size, B: (torch.ones(B),)), 64, torch.device("cpu"))
+    assert 2**26 <= runner.peak < 3.5 * 2**26               # 64 MiB of ones, as many of the product, 4 of weights
+
+
 def test_the_rows_of_the_distillation_grid_differ_in_what_they_say():
     seen = {}
-    for row, keys in bench.KD_ROWS.items():
+    for row, keys in grids.KD_ROWS.items():
         cfg = common.read_config(distill.Config(), ["--config", str(ROOT / "configs/kd_nano.toml"), *keys])
         parts = [cfg.kd, cfg.featkd, cfg.scaling == "timestep", cfg.alpha > 0]
         assert parts[:2] == ["output" in row or "both" in row, "features" in row or "both" in row] and parts[3] == ("no data" not in row)
@@ -1957,7 +2049,7 @@ heads = 2
         (out / "log.csv").write_text("step,img/s,val\n1,100,0.5\n")
         (out / "score.json").write_text(json.dumps({"scores": {"mean": {"score": len(ran) / 100}}}))
         shutil.copytree(teachers / "teacher_unet", out / "final", dirs_exist_ok=True)
-    monkeypatch.setattr(bench, "run_all", lambda commands, base, jobs: [(ran.append(c), leave(base / n)) for n, c in commands.items() if not (base / n / "score.json").exists()])
+    monkeypatch.setattr(grids, "run_all", lambda commands, base, jobs: [(ran.append(c), leave(base / n)) for n, c in commands.items() if not (base / n / "score.json").exists()])
     leave(tmp_path / "teacher")
     go = lambda seeds: bench.main(["--distillation", "--config", str(tmp_path / "kd.toml"), "--out", str(tmp_path / "d.json"), "--seeds", seeds, "--kd-rows", "alone", "+ output, constant"])
     go("1")
@@ -1978,8 +2070,8 @@ def test_rows_go_on_where_they_stopped(tmp_path):
     python = lambda code: [sys.executable, "-c", code]
     good = f"import pathlib; p = pathlib.Path({str(tmp_path)!r}) / 'b'; p.mkdir(exist_ok=True); (p / 'score.json').write_text('{{}}')"
     with pytest.raises(UserError, match="row b ended with status 3"):
-        bench.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('first')"), python("raise SystemExit(3)")]}, tmp_path, 2)
-    bench.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('second')"), python(good)]}, tmp_path, 2)
+        grids.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('first')"), python("raise SystemExit(3)")]}, tmp_path, 2)
+    grids.run_all({"a": [python("raise SystemExit(9)")], "b": [python("print('second')"), python(good)]}, tmp_path, 2)
     assert (tmp_path / "b.txt").read_text().split() == ["first", "second"] and (tmp_path / "b" / "score.json").exists()
 
 
