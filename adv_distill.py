@@ -170,9 +170,9 @@ def dmd_gradient(teacher, fake, x0, t, ids, mask, g):
 
 # ---------------------------------------------------------------------------- health
 @torch.no_grad()
-def health(x0, real, ae) -> dict:
-    """Of predicted latents and of real ones (B, C, H, W). spread: how far pictures are from each other, over the same of real ones."""
-    pixels, theirs = ae.decode(x0.float()), ae.decode(real.float())                         # not clamped: (B, 3, 8H, 8W)
+def health(x0, real, ae, batch: int = 64) -> dict:
+    """Of predicted latents and of real ones (B, C, H, W), decoded so many at a time. spread: how far pictures are from each other, over the same of real ones."""
+    pixels, theirs = (torch.cat([ae.decode(part) for part in z.float().split(batch)]) for z in (x0, real))      # not clamped: (B, 3, 8H, 8W)
     out = {"latent_mean": x0.mean(), "latent_std": x0.std(), "spread": x0.std(0).mean() / real.std(0).mean(),
            "pixel_mean": pixels.mean(), "pixel_std": pixels.std(), "real_mean": theirs.mean(), "real_std": theirs.std()}
     return {k: float(v) for k, v in out.items()}
@@ -202,7 +202,7 @@ def exchange(module):
 
 
 def distil(cfg: Config):
-    if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
+    if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "samples", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init")), ("sampler", ("euler", "renoise"))):
         if getattr(cfg, key) not in allowed:
@@ -235,7 +235,7 @@ def distil(cfg: Config):
         parts["fake"] = fake, Muon(fake, cfg.fake_lr, 0.0, cfg.weight_decay)
 
     ae, latents, held_out = load_data(cfg, device, rank, world)
-    batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)
+    batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)[:cfg.samples]
     few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
     walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)    # (K,), from 1 down
     ema, step, skipped = EMA(net, cfg.ema), 0, {name: 0 for name in parts}
@@ -265,13 +265,13 @@ def distil(cfg: Config):
         """The averaged student in K steps: its grid, its health, its flow loss (how far it has left the flow)."""
         net.eval()
         with ema.swapped():
-            x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=32))
+            x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=cfg.batch))
             val = float(validation(net, amp).mean())
         net.train()
         with torch.inference_mode():
-            pictures = to_pictures(ae.decode(x0))
+            pictures = [p for part in x0.split(cfg.batch) for p in to_pictures(ae.decode(part))]
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
-        h = health(x0, held_out[:len(x0)].to(device), ae)
+        h = health(x0, held_out[:len(x0)].to(device), ae, cfg.batch)
         log(step, show=False, val=val, **{f"sample_{k}": v for k, v in h.items()})
         print(f"step {step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()) + f"; skipped {skipped}", flush=True)
         for line in verdict(h):
@@ -368,7 +368,7 @@ def distil(cfg: Config):
             if main:
                 means, line = {k: torch.stack(v).nanmean().item() for k, v in seen.items()}, ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator")
                 log(step, **{k: means[k] for k in line if k in means}, lr=cfg.lr * rate(cfg, step - 1), **{"img/s": drawn / (time.time() - begin)})
-                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae))
+                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae, cfg.batch))
             seen.clear()
             begin, drawn = time.time(), 0
         if (step % cfg.eval_every == 0 or step == cfg.steps) and main:

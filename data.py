@@ -428,9 +428,9 @@ def main(argv):
                 for i in range(2000):
                     scenes[i]
                 print(f"{size} px: {2000 / (time.time() - begin):.0f} scenes/s on one core")
-        case ["--export", folder, n] if n.isdigit():
+        case ["--export", folder, *numbers] if 0 < len(numbers) < 3 and all(n.isdigit() for n in numbers):
             from pictures import export
-            export(folder, int(n))
+            export(folder, *map(int, numbers))
         case ["--cache", *args]:
             from common import pick_device, read_config, start_others
             from pictures import make_cache

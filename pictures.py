@@ -1,6 +1,6 @@
 """Your own pictures: a folder or tar shards -> a cache of latents and text, written once -> batches for train.py.
 
-    python data.py --export DIR 200                                         a folder to try it with: scenes of ragged sizes, ten broken files among them
+    python data.py --export DIR 200 [1536]                                  a folder to try it with: scenes of ragged sizes up to 192 (1536) px, ten broken files among them
     python data.py --cache --config configs/folder.toml [key=value ...]     writes the cache; killed, it goes on where it was; torchrun shares the work
 
 Read are x.jpg, .jpeg, .png and .webp with the caption in x.txt, or in captions.jsonl ({"file": .., "caption": ..}) or metadata.jsonl ({"file_name": .., "text": ..}), or in x.json
@@ -455,9 +455,9 @@ def whose_turn(sizes: tuple[tuple[str, int], ...], k: int, batch: int, seed: int
 
 
 # ---------------------------------------------------------------------------- a folder to try it with
-def export(folder, n: int):
-    """n scenes as JPEG + txt in ragged sizes, ten of them spoilt."""
-    folder, scenes = Path(folder), Scenes(192, "train", layout="free")
+def export(folder, n: int, size: int = 192):
+    """n scenes as JPEG + txt in ragged sizes, the longest side `size`, ten of them spoilt."""
+    folder, scenes = Path(folder), Scenes(size, "train", layout="free")
     if n < 20 or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"--export wants an empty or new folder and 20 pictures or more, got {folder} and {n}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -465,6 +465,7 @@ def export(folder, n: int):
         picture, caption = scenes[i]
         rng = random.Random(i)
         w, h = rng.choice(((192, 192), (192, 128), (128, 192))) if rng.random() < 0.7 else (rng.randint(100, 192), rng.randint(100, 192))
+        w, h = w * size // 192, h * size // 192
         Image.fromarray(picture).resize((w, h), Image.Resampling.LANCZOS).save(folder / f"{i:05d}.jpg", quality=92)
         (folder / f"{i:05d}.txt").write_text(caption + "\n")
     files = [folder / f"{i:05d}.jpg" for i in random.Random(0).sample(range(n), 10)]

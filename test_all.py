@@ -1450,6 +1450,23 @@ def test_bad_step_distillations_are_named(student, tmp_path):
             adv_distill.distil(adv_config(student, tmp_path / "x", **bad))
 
 
+def test_evaluation_takes_no_more_pictures_at_a_time_than_training_and_its_numbers_do_not_depend_on_it(shared, own, teachers, student, tmp_path, monkeypatch):
+    for config, words in ((lambda batch: train_config(shared, "unused", batch=batch), lambda cfg: train.load_data(cfg, torch.device("cpu"), 0, 1)[2]),
+                          (lambda batch: own_config(shared, own, "unused", batch=batch, val_pictures=80), lambda cfg: pictures.open_cache(cfg)[1])):
+        net, bins, rows = shaken(sample.TextToLatents(config(4).model, config(4).text)), [], []
+        for batch in (4, 64):
+            rows.append([])
+            ask = lambda x, t, *words: rows[-1].append(len(x)) or net(x, t, *words)
+            bins.append(train.Validation(config(batch), words(config(batch)), torch.device("cpu"))(ask, contextlib.nullcontext))
+        assert bins[0] == pytest.approx(bins[1], rel=1e-5) and max(rows[0]) == 4 < max(rows[1]) and sum(rows[0]) == sum(rows[1])
+    seen, forward, decode = Counter(), model.UNet.forward, decoder.Autoencoder.decode
+    monkeypatch.setattr(model.UNet, "forward", lambda self, x, *a, **k: seen.update([("unet", len(x))]) or forward(self, x, *a, **k))
+    monkeypatch.setattr(decoder.Autoencoder, "decode", lambda self, z: seen.update([("ae", len(z))]) or decode(self, z))
+    train.train(train_config(shared, tmp_path / "train", batch=4, steps=1, samples=5))
+    adv_distill.distil(adv_config(student, tmp_path / "adv", batch=3, steps=1, samples=5, log_every=1))
+    assert max(n for (_, n) in seen) == 4 and {("ae", 2), ("ae", 3), ("unet", 4)} <= seen.keys()
+
+
 # ---------------------------------------------------------------------------- checker.py, evaluate.py
 class Oracle(torch.nn.Module):
     """Answers as a perfect checker would: the targets of given scenes as logits."""
@@ -2016,15 +2033,16 @@ def shaken(net, by=0.05):
     return net.eval()
 
 
-def tiny_encoders(folder, third="t5"):
+def tiny_encoders(folder, third="t5", widths=(16, 16, 0)):
     """Random CLIP, CLIP and T5 or Gemma in the hub's layout; the CLIPs' tokenizers are a vocab.json and a merges.txt, number 3's whole words."""
     import tokenizers
     import transformers
     torch.manual_seed(3)
+    folder, width = Path(folder), widths[2] or (40 if third == "t5" else 48)
     letters = sorted(set("".join(WORDS)))
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "r</w>"), ("d", "o")]
     vocab = ["!", *letters, *[c + "</w>" for c in letters], *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
-    for n, hidden, projection in (("", 16, 8), ("_2", 16, 16)):
+    for n, hidden, projection in (("", widths[0], 8), ("_2", widths[1], 16)):
         words = folder / f"tokenizer{n}"
         words.mkdir(parents=True)
         (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}))
@@ -2041,11 +2059,11 @@ def tiny_encoders(folder, third="t5"):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right" if third == "t5" else "left")
     if third == "t5":
         fast.save_pretrained(folder / "tokenizer_3")
-        net = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), d_model=40, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"))
+        net = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), d_model=width, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"))
     else:
         fast.save_pretrained(folder / "text_encoder_3")                          # beside the weights, as Gemma comes
-        net = transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=len(vocab), hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                                                 num_key_value_heads=2, head_dim=12, pad_token_id=0, bos_token_id=3, eos_token_id=1))
+        net = transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=len(vocab), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                                 num_key_value_heads=2, head_dim=width // 4, pad_token_id=0, bos_token_id=3, eos_token_id=1))
     shaken(net).save_pretrained(folder / "text_encoder_3")
     return folder
 

@@ -162,7 +162,7 @@ class Batches:
 
 
 class Validation:
-    """Held-out pictures with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data."""
+    """Held-out pictures with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data; asked in parts of a training batch."""
 
     def __init__(self, cfg: Config, latents, device):
         if cfg.data.folder:
@@ -173,14 +173,15 @@ class Validation:
         sizes, g = [len(x0) for x0, *_ in groups], torch.Generator().manual_seed(1234)
         eps = [torch.randn(x0.shape, generator=g) for x0, *_ in groups]
         self.t = (torch.arange(sum(sizes)) % 8 + torch.rand(sum(sizes), generator=g)) / 8
-        self.batches = [[x.to(device) for x in part] for (x0, *words), e, t in zip(groups, eps, self.t.split(sizes))
-                        for part in zip(*(x.split(64) for x in (x0, e, t, *words)))]
+        self.device = device
+        self.batches = [part for (x0, *words), e, t in zip(groups, eps, self.t.split(sizes)) for part in zip(*(x.split(cfg.batch) for x in (x0, e, t, *words)))]
 
     @torch.no_grad()
     def __call__(self, net, amp) -> np.ndarray:
         """Mean loss per bin of t, (8,)."""
         losses = []
-        for x0, eps, t, *words in self.batches:
+        for part in self.batches:
+            x0, eps, t, *words = (x.to(self.device) for x in part)
             with amp():
                 losses.append(flow_loss(lambda x, t: net(x, t, *words), x0, eps, t))
         losses, bins = torch.cat(losses).cpu(), (self.t * 8).long().clamp(max=7)
@@ -255,7 +256,7 @@ def train(cfg: Config, make_objective=FlowObjective):
         raw = validation(raw_net, amp).mean()
         with contextlib.nullcontext() if sharded else ema.swapped():
             bins = validation(net_, amp)
-            pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=32)
+            pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=max(1, cfg.batch // 2))     # guidance doubles it
         net.train()
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
         log(step, show=False, val=float(bins.mean()), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
