@@ -434,11 +434,12 @@ def main(argv):
         case ["--cache", *args]:
             from common import pick_device, read_config, start_others
             from pictures import make_cache
-            from train import Config
+            from adv_distill import Config                      # knows the keys of all three trainings
+            from distill import teacher_text
             cfg = read_config(Config(), args, "configs/folder.toml")
             if cfg.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(cfg.device).type == "cpu":
                 start_others(cfg.processes)
-            make_cache(cfg)
+            make_cache(cfg, teacher_text(cfg))
         case _:
             print(__doc__)
 

@@ -1090,7 +1090,7 @@ def test_gradients_reach_student_and_projector_and_never_the_teacher(teachers):
     assert not {id(p) for p in teacher} & {id(p) for p in objective.parameters()}
     assert not [k for k in objective.state_dict() if not k.startswith(("net.", "projector."))]
     x0, eps, t, ids, mask = a_batch()
-    velocity, taps = objective.teacher(x0, t, ids, mask, ("block1",))
+    velocity, taps = objective.teacher(x0, t, ids, mask, features=("block1",))
     assert not velocity.requires_grad and taps["block1"].shape == (6, 32, 4, 4)
     # a student that is its teacher has nothing to learn from it
     twin = distill.Distill(distill_config(teachers, "unused", featkd=False), sample.load_model(teachers / "teacher_mmdit")[0])
@@ -1289,11 +1289,11 @@ def test_noising_again_keeps_the_marginal():
         assert ((x - (1 - s) * made.flatten()) * (adv_distill.noised(x0, t, g) - 0.8 * x0).flatten()).mean().abs() < 0.01
     walk, k = torch.tensor([1.0, 0.75, 0.5, 0.25]), torch.arange(n) % 4
     for sampler in ("renoise", "euler"):
-        x = adv_distill.simulated(lambda x, t, ids, mask: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), k, k, g, sampler)[:, 0, 0, 0]       # it always predicts 3
+        x = adv_distill.simulated(lambda x, t, ids: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), [k], g, sampler)[:, 0, 0, 0]       # it always predicts 3
         for i, s in enumerate(walk.tolist()):
             assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04) and x[k == i].std().item() == pytest.approx(s, abs=0.03)
     velocity = lambda x, t, *_: (x * 2 + t[:, None, None, None] if torch.is_tensor(t) else x * 2 + t)                                          # and it is sample.euler's path, point by point
-    one = adv_distill.simulated(velocity, walk, torch.tensor([3]), (1, 1, 1, 1), k[:1], k[:1], torch.Generator().manual_seed(5), "euler")
+    one = adv_distill.simulated(velocity, walk, torch.tensor([3]), (1, 1, 1, 1), [k[:1]], torch.Generator().manual_seed(5), "euler")
     torch.testing.assert_close(one, sample.euler(velocity, torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(5)), walk.tolist()))
 
 
@@ -1330,11 +1330,11 @@ def test_r1_is_the_squared_gradient():
 def test_distribution_matching_moves_towards_the_real_and_stops_there():
     gauss = lambda m: lambda x, t, *_: (lambda a: -m + (x - (1 - a) * m) * (a - (1 - a) * 0.25) / ((1 - a) ** 2 * 0.25 + a**2))(t[:, None, None, None])    # velocity of N(m, 1/4)
     g, x, t, real = torch.Generator().manual_seed(0), 0.5 * torch.randn(512, 1, 2, 2), torch.full((512,), 0.5), lambda *a: (gauss(1.0)(*a), {})
-    pull = adv_distill.dmd_gradient(real, gauss(0.0), x, t, None, None, g)
+    pull = adv_distill.dmd_gradient(real, gauss(0.0), x, t, (), (), g)
     assert (pull < 0).all() and pull.sum((1, 2, 3)).mean().abs() < 2           # down it is up; of order one a picture
-    assert adv_distill.dmd_gradient(real, gauss(1.0), x, t, None, None, g).abs().max() == 0
+    assert adv_distill.dmd_gradient(real, gauss(1.0), x, t, (), (), g).abs().max() == 0
     for steps, tol in ((1, 0.5), (64, 0.02)):                                   # the teacher's path from noise ends at m + x / 2
-        end = x - adv_distill.teacher_velocity(real, x, torch.ones(512), None, None, steps)
+        end = x - adv_distill.teacher_velocity(real, x, torch.ones(512), (), steps)
         assert (end - (1 + x / 2)).abs().mean() < tol and ((end - (1 + x / 2)).abs().mean() > 0.1) == (steps == 1)
 
 
@@ -2214,6 +2214,91 @@ def test_an_sd3_directory_teaches_with_its_own_encoders_once_a_batch(teachers, s
             with torch.no_grad():
                 v = theirs(hidden_states=x0, timestep=1000 * t, encoder_hidden_states=want.emb, pooled_projections=want.pooled).sample
             assert torch.allclose(objective.teacher(x0, t, ids, mask)[0], v, atol=1e-5)
+
+
+def no_encoders(monkeypatch):
+    for module in (text, distill):
+        monkeypatch.setattr(module, "load_encoders", lambda *a: pytest.fail("training loaded an encoder"))
+
+
+def own_distill_config(shared, folder, out, teacher, kind=distill.Config, **kw):
+    cfg = own_config(shared, folder, out)
+    return read(kind(), **{**vars(cfg), "teacher": str(teacher), "student_tap": "up0", **kw})
+
+
+def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_do(shared, own, sd3_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(f"{own}_cache", tmp_path / "cache")
+    cfg = own_distill_config(shared, own, "unused", sd3_folder, data__cache=str(tmp_path / "cache"), drop_caption=0.3)
+    wanted = distill.teacher_text(cfg)
+    with pytest.raises(UserError, match="lacks the teacher's text states of 5 of 5 shards"):
+        pictures.open_cache(cfg, None, wanted)
+    with monkeypatch.context() as m:
+        m.setattr(pictures, "shard_of", lambda *a: pytest.fail("pictures were encoded again"))
+        pictures.make_cache(cfg, wanted)
+        before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir() if p.suffix == ".safetensors"}
+        assert sorted(n for n in before if n.startswith("sd3")) == [f"sd3-{k:06d}.safetensors" for k in range(5)] + ["sd3-empty.safetensors"]
+        os.truncate(tmp_path / "cache" / "sd3-000001.safetensors", 50)
+        pictures.make_cache(cfg, wanted)
+    assert {n for n, t in before.items() if t != (tmp_path / "cache" / n).stat().st_mtime_ns} == {"sd3-000001.safetensors"}
+    with pytest.raises(UserError, match="or has those of other encoders"):           # made with T5
+        pictures.open_cache(cfg, None, distill.teacher_text(replace(cfg, teacher_t5=False)))
+    assert pictures.open_cache(cfg)[0].batch(0, 0, 1)[-1].dtype == torch.bool        # to train.py it is the cache that it was
+
+    every, torch_rng = pictures.open_cache(cfg, None, wanted)[0], torch.manual_seed(2)
+    with text.load_encoders(wanted, torch.device("cpu")) as encoders:
+        for k in range(4):
+            x0, ids, mask, emb, read_, pooled = every.batch(k, 0, 1)
+            captions = [text.encoding().decode(row[:n - 1]).strip() for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
+            fresh = encoders(captions)
+            assert read_.all() and emb.shape == fresh.emb.shape and emb.dtype == torch.float16
+            assert torch.allclose(emb.float(), fresh.emb, atol=4e-3) and torch.allclose(pooled.float(), fresh.pooled, atol=4e-3)
+            assert len(set(captions)) == 1 or fresh.emb.std(0).max() > 0.05          # captions differ by more
+    assert any(text.tokenize([""])[0][0, 0] == row[0] for k in range(4) for row in every.batch(k, 0, 1)[1])     # dropped ones among them
+
+    net = shaken(sample.TextToLatents(cfg.model, cfg.text)).train()
+    live = distill.Distill(replace(cfg, data=replace(cfg.data, folder=""), teacher_cfg=2.0), net)
+    no_encoders(monkeypatch)
+    ours = distill.Distill(replace(cfg, teacher_cfg=2.0), net)
+    ours.load_state_dict(live.state_dict())
+    x0, *words = every.batch(1, 0, 1)
+    eps, t = torch.randn_like(x0), torch.tensor([0.1, 0.4, 0.7, 0.9])
+    (a, seen_a), (b, seen_b) = live(x0, eps, t, *words[:2]), ours(x0, eps, t, *words)
+    assert torch.allclose(a, b, rtol=2e-3) and seen_a["kd"].item() == pytest.approx(seen_b["kd"].item(), rel=2e-3)
+    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), [p for p in objective.parameters()])]) for loss, objective in ((a, live), (b, ours))]
+    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[0].norm()
+    other = ours(x0, eps, t, *words[:2], *(w.flip(0) for w in words[2:]))[1]["kd"]   # other captions' states teach otherwise
+    assert abs(other.item() / seen_b["kd"].item() - 1) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_student_and_its_sd3_teacher_train_from_one_cache_without_any_encoder(shared, own, sd3_folder, tmp_path, monkeypatch):
+    """Frozen states of both, as kd_sd35.toml and adv_sd35.toml have them: distillation, then fewer steps, both ways and resumed; and a teacher of ours that reads what the student does."""
+    monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)})
+    small = replace(own_config(shared, own, "unused").model, context_dim=48)
+    kw = dict(model=small, text__kind="snapgen", text__width=48, text__tokens=20, text__folder=str(tiny_encoders(tmp_path / "text", "gemma")), data__cache=str(tmp_path / "cache"))
+    kd = own_distill_config(shared, own, tmp_path / "kd", sd3_folder, steps=2, eval_every=2, samples=2, **kw)
+    pictures.make_cache(kd, distill.teacher_text(kd))
+    no_encoders(monkeypatch)
+    train.train(kd, lambda net: distill.Distill(kd, net))
+    rows = [r for r in common.read_log(tmp_path / "kd" / "log.csv") if r["kd"]]
+    assert rows and all(np.isfinite(float(r["feat"])) for r in rows)
+    adv = lambda out, **more: own_distill_config(shared, own, tmp_path / out, sd3_folder, adv_distill.Config, **{**dict(init=str(tmp_path / "kd"), steps=4, eval_every=2, log_every=1, K=2, critic_width=16,
+                                                 method="both", generator_every=1, featkd=False, teacher_cfg=2.0, samples=2), **kw, **more})
+    adv_distill.distil(adv("a"))
+    real = adv_distill.rate
+    with monkeypatch.context() as m:
+        m.setattr(adv_distill, "rate", lambda cfg, step: real(cfg, step) if step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            adv_distill.distil(adv("b"))
+    adv_distill.distil(adv("b"))
+    a, b = everything(tmp_path / "a"), everything(tmp_path / "b")
+    assert len(a) == 7 and all(same(a[k], b[k]) for k in a)
+    begin = sample.load_model(tmp_path / "kd")[0].state_dict()
+    assert any(not torch.equal(a["model"][k], v) for k, v in begin.items())
+    for k, more in enumerate((dict(critic="init", backward_simulation=True), dict(teacher="", method="dmd"))):       # features of the student; the student as its own teacher
+        adv_distill.distil(adv(f"c{k}", steps=1, **more))
+    with pytest.raises(UserError, match="reads text.kind own, the student snapgen"):
+        distill.Teacher(replace(kd, teacher=str(shared / "teacher_unet")), torch.device("cpu"))
 
 
 def sd3_vae(folder=None, **kw):

@@ -92,6 +92,7 @@ def flow_loss(velocity, x0, eps, t):
 class FlowObjective(nn.Module):
     """What the loop minimises. Distillers write their own: it holds the network as `net` beside whatever else is trained, and its forward gives the
     loss per picture (B,) and values for the log: numbers for its line, vectors for columns k0, k1, .. of log.csv alone (nan: none in this batch)."""
+    states = None                                               # text encoders whose cached states it wants beside the network's
 
     def __init__(self, net):
         super().__init__()
@@ -112,11 +113,11 @@ def rate(cfg, step: int) -> float:
 
 
 # ---------------------------------------------------------------------------- data
-def load_data(cfg: Config, device, rank, world):
-    """The autoencoder, and the latents of the training scenes and of the held-out ones; or both sides of the cache of your own pictures."""
+def load_data(cfg: Config, device, rank, world, states: TextConfig | None = None):
+    """The autoencoder, and the latents of the training scenes and of the held-out ones; or both sides of the cache of your own pictures, with the states of a teacher's encoders."""
     ae = load_autoencoder(cfg.ae, device)
     if cfg.data.folder:
-        return ae, *open_cache(cfg, ae)
+        return ae, *open_cache(cfg, ae, states)
     ae_key = fingerprint(ae)
     for turn in range(world):                                   # one process fills the cache, the others find it there
         if turn == rank:
@@ -208,7 +209,7 @@ def train(cfg: Config, make_objective=FlowObjective):
         shard(objective, device, amp_on, cfg.compile)
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world)
+    ae, latents, held_out = load_data(cfg, device, rank, world, objective.states)
     batches, validation = Batches(cfg, latents, device, 0, 1), Validation(cfg, held_out, device)     # of the whole run: a process takes every world-th batch
     prompts = shown_prompts(cfg)[:cfg.samples]
     if net.text is None:
