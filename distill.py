@@ -92,7 +92,7 @@ class Teacher:
             self.text, self.denoiser = net.text, net.denoiser
             if net.text_cfg.kind != cfg.text.kind or (cfg.text.kind == "sd3" and config.get("arch") != cfg.arch):
                 raise UserError(f"teacher {cfg.teacher} reads text.kind {net.text_cfg.kind}, the student {cfg.text.kind}: a teacher of ours reads what its student does (an MMDiT pooled states too)")
-            if self.text and self.text.cfg.vocabulary != encoding().n_vocab or self.text.cfg.max_tokens < cfg.text.max_tokens:
+            if self.text and (self.text.cfg.vocabulary != encoding().n_vocab or self.text.cfg.max_tokens < cfg.text.max_tokens):
                 raise UserError(f"teacher {cfg.teacher} reads another vocabulary or shorter captions ({self.text.cfg.vocabulary} tokens, {self.text.cfg.max_tokens} a caption): train it anew")
         else:
             self.denoiser = MMDiT.from_pretrained(where, dtype, device)

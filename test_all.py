@@ -914,16 +914,19 @@ MINI = ["model.widths=[32,64]", "model.res_down=1", "model.context_dim=32", "mod
         "text.width=32", "text.layers=1", "text.heads=2", "data.pictures=64", "data.workers=0", "batch=8", "warmup=2", "val_pictures=8", "samples=1", "sample_steps=1", "steps=5",
         "eval_every=2", "log_every=1", "lr=2e-3", "device=cpu", "amp=float32"]
 TRAINER = """
-import os, sys, json, torch.distributed as dist, train
-from common import read_config
+import os, sys, json, torch.distributed as dist, train, distill
+from common import UserError, read_config
 rate = train.rate
 for port, args, until in json.loads(sys.argv[1]):       # the k-th training meets at the k-th port, and breaks off before step `until`
     os.environ["MASTER_PORT"] = str(port)
     train.rate = lambda cfg, step: rate(cfg, step) if step < until else (_ for _ in ()).throw(InterruptedError)
     try:
-        train.train(read_config(train.Config(), args))
+        cfg = read_config((distill if any(a.startswith("teacher=") for a in args) else train).Config(), args)
+        train.train(cfg, lambda net: distill.Distill(cfg, net)) if isinstance(cfg, distill.Config) else train.train(cfg)
     except InterruptedError:
         pass
+    except UserError as e:
+        print("error:", e)
     if dist.is_initialized():
         dist.destroy_process_group()
 """
@@ -977,6 +980,43 @@ def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_
     assert first.keys() == shipped.keys() and shipped["unet.conv_in.weight"].dtype == torch.float16 and (trainings / run_ / "samples_0000005.png").is_file()
     net, _ = sample.load_model(trainings / run_)            # a sharded checkpoint is read like any other
     assert torch.allclose(net.unet.conv_out.weight, first["unet.conv_out.weight"].float(), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def distillations(own, sd3_folder, tmp_path_factory):
+    """As `trainings`: a student on frozen states learns from an SD3 teacher, both from one cache. And a resumed one, and one that cannot be: its projector is another."""
+    d = tmp_path_factory.mktemp("distillations")
+    args = [a for a in MINI if not a.startswith(("text.", "data.", "model.context", "batch", "steps"))] + ["model.context_dim=40", "text.kind=sd3", "text.width=40", f"text.folder={sd3_folder}", "batch=4", "steps=4",
+            f"data.folder={own}", f"data.cache={d / 'cache'}", "data.bucket_step=16", "data.shard=8", "data.held_out=0.2", "data.workers=0", f"teacher={sd3_folder}", "student_tap=up0", "clip=0.1"]
+    cfg = common.read_config(distill.Config(), args)
+    pictures.make_cache(cfg, distill.teacher_text(cfg))
+    go = lambda name, *more, until=9: ([*args, f"out={d / name}", *more], until)
+    one = train_on(1, [go("one", "accumulate=2"), go("part", "accumulate=2", until=3)])
+    two = train_on(2, [go("ddp"), go("shard", "shard=true"), go("cut", "shard=true", until=3), go("part", "shard=true"), go("cut", "shard=true", "projector=mlp")])
+    assert "resumed at step 2" in two and "does not fit its config" in two.splitlines()[-1] and "projector" in two.splitlines()[-1] and not "error" in one
+    assert "resumed at step 2" in train_on(1, [go("cut", "accumulate=2")])
+    return d
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run_", ["ddp", "shard", "part", "cut"])
+def test_distillation_on_two_processes_equals_one(distillations, run_):
+    """Student, projector, average, moments and losses after 4 steps of a cut student (or DDP's); part: begun on 1, ended on 2 that are cut; cut: the other way. Evaluation of a cut
+    student draws its grid by the cache's states."""
+    names = ("model", "ema", "optimizer", "beside")
+    a, b = (checkpoint.load_checkpoint(distillations / k, names)[1] for k in ("one", run_))
+    assert a.keys() == b.keys() == set(names) and set(a["beside"]) == {"projector.weight", "projector.bias"}
+    for kind in names:
+        assert a[kind].keys() == b[kind].keys()
+        for k, x in a[kind].items():
+            assert (x - b[kind][k]).abs().max() <= 1e-5 + 2e-3 * x.abs().max(), (kind, k)
+    rows = [[{k: float(v) for k, v in r.items() if k in ("loss", "kd", "feat", "task") and v} for r in common.read_log(distillations / k / "log.csv") if r["loss"]] for k in ("one", run_)]
+    assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4) and len(rows[0]) == 4 and rows[0][-1]["kd"] > 0
+    val = [[float(r["val"]) for r in common.read_log(distillations / k / "log.csv") if r.get("val")] for k in ("one", run_)]
+    assert val[0] == pytest.approx(val[1], rel=1e-4) and len(val[0]) == 2
+    assert (distillations / run_ / "samples_0000004.png").read_bytes() and (distillations / run_ / "checkpoint" / "model").is_dir() == (run_ in ("shard", "part"))
+    begin = checkpoint.load_checkpoint(distillations / run_ / "final")[1]["model"]
+    assert begin["unet.conv_out.weight"].abs().max() > 0 and not any(k.startswith("text.") for k in begin)
 
 
 @pytest.mark.slow
@@ -2221,9 +2261,8 @@ def no_encoders(monkeypatch):
         monkeypatch.setattr(module, "load_encoders", lambda *a: pytest.fail("training loaded an encoder"))
 
 
-def own_distill_config(shared, folder, out, teacher, kind=distill.Config, **kw):
-    cfg = own_config(shared, folder, out)
-    return read(kind(), **{**vars(cfg), "teacher": str(teacher), "student_tap": "up0", **kw})
+def own_distill_config(shared, folder, out, sd3, kind=distill.Config, **kw):
+    return read(kind(), **{**vars(own_config(shared, folder, out)), "teacher": str(sd3), "student_tap": "up0", **kw})
 
 
 def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_do(shared, own, sd3_folder, tmp_path, monkeypatch, capsys):
