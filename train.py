@@ -217,7 +217,7 @@ def train(cfg: Config, make_objective=FlowObjective):
 
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists() and sharded:
-        saved = load_shards(out, {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.allocate(), "beside": beside()})
+        saved = load_shards(out, {"model": net.state_dict(), "ema": ema.state_dict(), "beside": beside(), "optimizer": opt.allocate()})     # the moments last: they have no names to complain with
         start, ema.steps = saved["step"], saved["ema_steps"]
     elif (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "optimizer", "beside"))
