@@ -2310,7 +2310,7 @@ def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_d
 
 
 @pytest.mark.slow
-def test_a_student_and_its_sd3_teacher_train_from_one_cache_without_any_encoder(shared, own, sd3_folder, tmp_path, monkeypatch):
+def test_a_student_and_its_sd3_teacher_train_from_one_cache_without_any_encoder(shared, teachers, own, sd3_folder, tmp_path, monkeypatch):
     """Frozen states of both, as kd_sd35.toml and adv_sd35.toml have them: distillation, then fewer steps, both ways and resumed; and a teacher of ours that reads what the student does."""
     monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)})
     small = replace(own_config(shared, own, "unused").model, context_dim=48)
