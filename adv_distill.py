@@ -75,26 +75,26 @@ def noised(x0, t, g):
     return (1 - a) * x0 + a * torch.randn(x0.shape, generator=g, device=x0.device)
 
 
-def predict(net, x, t, ids, mask):
+def predict(net, x, t, *words):
     """x0 in one evaluation."""
-    return x - t[:, None, None, None] * net(x, t, ids, mask).float()
+    return x - t[:, None, None, None] * net(x, t, *words).float()
 
 
 @torch.no_grad()
-def simulated(net, walk, k, shape, ids, mask, g, sampler="renoise"):
+def simulated(net, walk, k, shape, words, g, sampler="renoise"):
     """x at walk[k], k (B,), on the path that the sampler takes from noise."""
     x = torch.randn(shape, generator=g, device=walk.device)
     for i in range(int(k.max())):
         on, t, s = (k > i).nonzero()[:, 0], walk[i], walk[i + 1]     # pictures that go on
-        x0 = predict(net, x[on], t.expand(len(on)), ids[on], mask[on])
+        x0 = predict(net, x[on], t.expand(len(on)), *(w[on] for w in words))
         x = x.index_copy(0, on, noised(x0, s.expand(len(on)), g) if sampler == "renoise" else x0 + s / t * (x[on] - x0))
     return x
 
 
-def teacher_velocity(teacher, x, t, ids, mask, steps: int):
+def teacher_velocity(teacher, x, t, words, steps: int):
     """From x_t straight to the x0 that the guided teacher reaches in so many Euler steps: (B, C, H, W)."""
     a = t[:, None, None, None]
-    x0 = euler(lambda y, s: teacher(y, s.flatten(), ids, mask)[0].float(), x, [a * (1 - i / steps) for i in range(steps + 1)])
+    x0 = euler(lambda y, s: teacher(y, s.flatten(), *words)[0].float(), x, [a * (1 - i / steps) for i in range(steps + 1)])
     return (x - x0) / a
 
 
@@ -160,19 +160,19 @@ def r1_penalty(critic, x, t, text, real, sigma: float, g):
 
 # ---------------------------------------------------------------------------- distribution matching
 @torch.no_grad()
-def dmd_gradient(teacher, fake, x0, t, ids, mask, g):
+def dmd_gradient(teacher, fake, x0, t, words, own, g):
     """The gradient on G's prediction x0 (DMD2, eq. 3): what the fake score's x0 is more than the guided real one's, over the latter's mean distance from x0.
-    Over C H W, as the gradient of a mean over places has it: (B, C, H, W)."""
+    words: the teacher's, own: the student's. Over C H W, as the gradient of a mean over places has it: (B, C, H, W)."""
     x, a = noised(x0, t, g), t[:, None, None, None]
-    real, false = x - a * teacher(x, t, ids, mask)[0].float(), x - a * fake(x, t, ids, mask).float()
+    real, false = x - a * teacher(x, t, *words)[0].float(), x - a * fake(x, t, *own).float()
     return (false - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6) / x0[0].numel()
 
 
 # ---------------------------------------------------------------------------- health
 @torch.no_grad()
-def health(x0, real, ae) -> dict:
-    """Of predicted latents and of real ones (B, C, H, W). spread: how far pictures are from each other, over the same of real ones."""
-    pixels, theirs = ae.decode(x0.float()), ae.decode(real.float())                         # not clamped: (B, 3, 8H, 8W)
+def health(x0, real, ae, batch: int = 64) -> dict:
+    """Of predicted latents and of real ones (B, C, H, W), decoded so many at a time. spread: how far pictures are from each other, over the same of real ones."""
+    pixels, theirs = (torch.cat([ae.decode(part) for part in z.float().split(batch)]) for z in (x0, real))      # not clamped: (B, 3, 8H, 8W)
     out = {"latent_mean": x0.mean(), "latent_std": x0.std(), "spread": x0.std(0).mean() / real.std(0).mean(),
            "pixel_mean": pixels.mean(), "pixel_std": pixels.std(), "real_mean": theirs.mean(), "real_std": theirs.std()}
     return {k: float(v) for k, v in out.items()}
@@ -202,7 +202,7 @@ def exchange(module):
 
 
 def distil(cfg: Config):
-    if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
+    if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "samples", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
         raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
     for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init")), ("sampler", ("euler", "renoise"))):
         if getattr(cfg, key) not in allowed:
@@ -234,8 +234,10 @@ def distil(cfg: Config):
                 fake = theirs.requires_grad_(True).train()
         parts["fake"] = fake, Muon(fake, cfg.fake_lr, 0.0, cfg.weight_decay)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world)
-    batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)
+    ae, latents, held_out = load_data(cfg, device, rank, world, teacher.states)
+    if net.text is None:
+        net.frozen.append(held_out.encode)                      # of the sample grids, as in train.py
+    batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)[:cfg.samples]
     few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
     walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)    # (K,), from 1 down
     ema, step, skipped = EMA(net, cfg.ema), 0, {name: 0 for name in parts}
@@ -265,13 +267,13 @@ def distil(cfg: Config):
         """The averaged student in K steps: its grid, its health, its flow loss (how far it has left the flow)."""
         net.eval()
         with ema.swapped():
-            x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=32))
+            x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=cfg.batch))
             val = float(validation(net, amp).mean())
         net.train()
         with torch.inference_mode():
-            pictures = to_pictures(ae.decode(x0))
+            pictures = [p for part in x0.split(cfg.batch) for p in to_pictures(ae.decode(part))]
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
-        h = health(x0, held_out[:len(x0)].to(device), ae)
+        h = health(x0, held_out[:len(x0)].to(device), ae, cfg.batch)
         log(step, show=False, val=val, **{f"sample_{k}": v for k, v in h.items()})
         print(f"step {step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()) + f"; skipped {skipped}", flush=True)
         for line in verdict(h):
@@ -301,21 +303,22 @@ def distil(cfg: Config):
     while step < cfg.steps and not (step % 5 == 0 and anywhere(bool(stop), world)):
         for _, opt in parts.values():
             opt.schedule(rate(cfg, step))
-        x0, ids, mask = batches(step)                           # (B, C, H, W), (B, L), (B, L)
+        x0, *words = batches(step)                              # (B, C, H, W), (B, L) or (B, L, D), (B, L)
+        own = teacher.own(words)
         g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + step) * world + rank)
         k = torch.randint(cfg.K, (len(x0),), generator=g, device=device)
         t, turn = walk[k], (step + 1) % cfg.generator_every == 0
         draw = lambda flow: draw_times(flow, len(x0), g, device)
         with amp():                                             # closed before the next: autocast keeps weights that it has cast without gradients
-            x_t = simulated(net, walk, k, x0.shape, ids, mask, g, cfg.sampler) if cfg.backward_simulation else noised(x0, t, g)
+            x_t = simulated(net, walk, k, x0.shape, own, g, cfg.sampler) if cfg.backward_simulation else noised(x0, t, g)
         with amp(), torch.set_grad_enabled(turn):
-            guess = predict(net, x_t, t, ids, mask)             # (B, C, H, W)
+            guess = predict(net, x_t, t, *own)                  # (B, C, H, W)
         made = guess.detach()
 
         # D: real pictures up, predictions down, both noised to t'
         if "critic" in parts:
             with torch.no_grad():
-                text = critic.frozen.encode(ids, mask)
+                text = critic.frozen.encode(*(words if critic.frozen is teacher else own))
             with amp():
                 t2 = draw(cfg.critic_times)
                 x2 = noised(x0, t2, g)
@@ -334,7 +337,7 @@ def distil(cfg: Config):
         # the fake score: rectified flow on what G makes
         if "fake" in parts:
             with amp():
-                loss = flow_loss(lambda x, t: fake(x, t, ids, mask), made, torch.randn(x0.shape, generator=g, device=device), draw(cfg.flow)).mean()
+                loss = flow_loss(lambda x, t: fake(x, t, *own), made, torch.randn(x0.shape, generator=g, device=device), draw(cfg.flow)).mean()
             loss.backward()
             note(fake_loss=loss)
             update("fake")
@@ -347,7 +350,7 @@ def distil(cfg: Config):
                     v, losses = (x_t - leaf) / a, {}            # G's velocity; the data's, eps - x0, is (x_t - x0) / a
                     task = (v - (x_t - x0) / a).square().mean((1, 2, 3))
                     if cfg.kd or cfg.backward_simulation:
-                        losses["kd"] = (v - teacher_velocity(teacher, x_t, t, ids, mask, cfg.kd_steps)).square().mean((1, 2, 3))
+                        losses["kd"] = (v - teacher_velocity(teacher, x_t, t, words, cfg.kd_steps)).square().mean((1, 2, 3))
                         note(kd=losses["kd"].mean())
                     loss = losses["kd"] if cfg.backward_simulation else mixed.scaled(task, losses, t)[0]    # a simulated x_t belongs to no picture: L_kd alone
                     grads["kd"] = cfg.kd_weight * torch.autograd.grad(loss.mean(), leaf)[0]
@@ -358,7 +361,7 @@ def distil(cfg: Config):
                     grads["gan"] = cfg.gan_weight * torch.autograd.grad(loss, leaf)[0]
                     note(g_loss=loss)
                 if "fake" in parts:
-                    grads["dmd"] = cfg.dmd_weight * dmd_gradient(teacher, fake, made, draw(cfg.flow), ids, mask, g) / len(x0)
+                    grads["dmd"] = cfg.dmd_weight * dmd_gradient(teacher, fake, made, draw(cfg.flow), words, own, g) / len(x0)
             note(**{f"pull_{name}": x.norm() for name, x in grads.items()})
             guess.backward(sum(grads.values()))
             update("generator")
@@ -368,7 +371,7 @@ def distil(cfg: Config):
             if main:
                 means, line = {k: torch.stack(v).nanmean().item() for k, v in seen.items()}, ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator")
                 log(step, **{k: means[k] for k in line if k in means}, lr=cfg.lr * rate(cfg, step - 1), **{"img/s": drawn / (time.time() - begin)})
-                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae))
+                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae, cfg.batch))
             seen.clear()
             begin, drawn = time.time(), 0
         if (step % cfg.eval_every == 0 or step == cfg.steps) and main:

@@ -428,17 +428,18 @@ def main(argv):
                 for i in range(2000):
                     scenes[i]
                 print(f"{size} px: {2000 / (time.time() - begin):.0f} scenes/s on one core")
-        case ["--export", folder, n] if n.isdigit():
+        case ["--export", folder, *numbers] if 0 < len(numbers) < 3 and all(n.isdigit() for n in numbers):
             from pictures import export
-            export(folder, int(n))
+            export(folder, *map(int, numbers))
         case ["--cache", *args]:
             from common import pick_device, read_config, start_others
             from pictures import make_cache
-            from train import Config
+            from adv_distill import Config                      # knows the keys of all three trainings
+            from distill import teacher_text
             cfg = read_config(Config(), args, "configs/folder.toml")
             if cfg.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(cfg.device).type == "cpu":
                 start_others(cfg.processes)
-            make_cache(cfg)
+            make_cache(cfg, teacher_text(cfg))
         case _:
             print(__doc__)
 

@@ -12,7 +12,7 @@ kd=false featkd=false is train.py.
 B batch | C channels of the student's tap | D of the teacher's | h w its grid
 """
 import os, re, sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from checkpoint import read_description, resolve
 from common import UserError, friendly, pick_device, read_config, start_others
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
 from model import count_params
+from pictures import empty_caption
 from plan import forward_flops, frozen, report, tap_shape, trained, training_flops
 from sample import TextToLatents, chosen, load_model, network_of
 from text import Text, TextConfig, encoding, load_encoders, tokenize
@@ -67,32 +68,54 @@ def teacher_tap(cfg: Config, network) -> str:
     return cfg.teacher_tap or (f"block{network.layers - 1}" if isinstance(network, MMDiTConfig) else cfg.student_tap)
 
 
+def teacher_text(cfg: Config) -> TextConfig | None:
+    """The encoders that an SD3 teacher reads by; None: the teacher is ours, or there is none."""
+    kind, where = find_teacher(cfg.teacher) if cfg.teacher else ("ours", "")
+    if kind == "ours":
+        return None
+    folder = where.parent if kind == "sd3" and where.name == "transformer" else where       # the encoders lie beside it
+    return TextConfig("sd3", teacher_network(cfg.teacher).context_dim, folder=str(folder), leave_out=[] if cfg.teacher_t5 else ["t5"])
+
+
 class Teacher:
-    """Frozen, in eval, in bf16 on CUDA. No nn.Module: the objective that holds it neither trains it, nor saves it, nor exchanges its gradients."""
+    """Frozen, in eval, in bf16 on CUDA. No nn.Module: the objective that holds it neither trains it, nor saves it, nor exchanges its gradients.
+    It reads by its own text encoder, or on a cache of your own pictures the states that lie there; `words` are all that a batch holds behind the latents."""
 
     def __init__(self, cfg: Config, device):
         kind, where = find_teacher(cfg.teacher)
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        self.guidance, self.text, self.last = cfg.teacher_cfg, None, None
+        self.guidance, self.text, self.encoders, self.last = cfg.teacher_cfg, None, None, None
+        self.states = teacher_text(cfg) if cfg.data.folder else None                                # encoders whose cached states it reads
         if kind == "ours":
             net, config = load_model(where, device)
             net = net.to(dtype)
             self.text, self.denoiser = net.text, net.denoiser
-            if self.text.cfg.vocabulary != encoding().n_vocab or self.text.cfg.max_tokens < cfg.text.max_tokens:
+            if net.text_cfg.kind != cfg.text.kind or (cfg.text.kind == "sd3" and config.get("arch") != cfg.arch):
+                raise UserError(f"teacher {cfg.teacher} reads text.kind {net.text_cfg.kind}, the student {cfg.text.kind}: a teacher of ours reads what its student does (an MMDiT pooled states too)")
+            if self.text and (self.text.cfg.vocabulary != encoding().n_vocab or self.text.cfg.max_tokens < cfg.text.max_tokens):
                 raise UserError(f"teacher {cfg.teacher} reads another vocabulary or shorter captions ({self.text.cfg.vocabulary} tokens, {self.text.cfg.max_tokens} a caption): train it anew")
         else:
             self.denoiser = MMDiT.from_pretrained(where, dtype, device)
-            folder = where.parent if kind == "sd3" and where.name == "transformer" else where       # the encoders lie beside it
-            self.encoders = load_encoders(TextConfig("sd3", self.denoiser.cfg.context_dim, folder=str(folder), leave_out=[] if cfg.teacher_t5 else ["t5"], dtype=str(dtype).split(".")[1]), device)
-        with torch.no_grad():
-            self.empty = self.encode(*(x.to(device) for x in tokenize([""])))   # (1, L, W): for guidance, the same in every batch
+            if not self.states:
+                self.encoders = load_encoders(replace(teacher_text(cfg), dtype=str(dtype).split(".")[1]), device)
+        with torch.no_grad():                                   # (1, L, W): for guidance, the same in every batch
+            words = empty_caption(cfg, "sd3-" if self.states else "") if self.states or cfg.text.kind != "own" else tokenize([""])
+            self.empty = self.encode(*(x.to(device) for x in words if x is not None))
         self.tap = teacher_tap(cfg, self.denoiser.cfg)
         self.denoiser.cfg.checkpoint = chosen(cfg.arch, cfg.model, cfg.mmdit).checkpoint    # as the student: where gradients pass through it to its input (adv_distill.py)
         if cfg.compile and device.type == "cuda":
             self.denoiser.compile()
 
-    def encode(self, ids, mask):
-        """Our tokens -> Text. SD3's encoders get the captions that the tokens spell (in lower case, as we cut them), once a batch however often it is asked for."""
+    def own(self, words):
+        """What the student reads of them."""
+        return words[:-3] if self.states else words
+
+    def encode(self, *words) -> Text:
+        """Of our tokens SD3's encoders get the captions that they spell (in lower case, as we cut them), once a batch however often it is asked for."""
+        if not self.text and not self.encoders:                 # from the cache: in this network's own numbers
+            emb, mask, *pooled = words[-3:] if self.states else words
+            return Text(*(x.to(next(self.denoiser.parameters()).dtype) if x.is_floating_point() else x for x in (emb, mask, *pooled)))
+        ids, mask = words
         if self.text is not None:
             return self.text(ids, mask)
         rows = [row[:n - 1] for row, n in zip(ids.tolist(), mask.sum(1).tolist())]                  # without <end>
@@ -102,9 +125,9 @@ class Teacher:
         return self.last[1]
 
     @torch.no_grad()
-    def __call__(self, x, t, ids, mask, features=()):
-        """Noisy latents (B, C, H, W) and what the student reads -> velocity (B, C, H, W), {tap: (B, D, h, w)}."""
-        dtype, text = next(self.denoiser.parameters()).dtype, self.encode(ids, mask)
+    def __call__(self, x, t, *words, features=()):
+        """Noisy latents (B, C, H, W) and a batch's words -> velocity (B, C, H, W), {tap: (B, D, h, w)}."""
+        dtype, text = next(self.denoiser.parameters()).dtype, self.encode(*words)
         x = x.to(dtype)
         def ask(text, features=()):
             pooled = {} if text.pooled is None else {"pooled": text.pooled}
@@ -167,6 +190,7 @@ class Distill(nn.Module):
             note = f"; features {cfg.student_tap} ({C}, {own[0]}x{own[1]}) -> {cfg.projector} -> {self.teacher.tap} ({D}, {theirs[0]}x{theirs[1]})" + (", resized" if own != theirs else "")
         if cfg.ratio == "bin":
             self.register_buffer("means", torch.zeros(2, 2, 8))    # for L_kd, L_featkd: of L_task, of itself
+        self.states = self.teacher.states if self.teacher else None
         if self.teacher and not (dist.is_initialized() and dist.get_rank()):
             print(f"teacher {cfg.teacher}: {count_params(self.teacher.denoiser) / 1e6:.2f} M {type(self.teacher.denoiser).__name__}, guidance {cfg.teacher_cfg:g}{note}", flush=True)
 
@@ -182,19 +206,19 @@ class Distill(nn.Module):
             self.means[row, k] = torch.where(torch.isfinite(new), torch.where(old > 0, old.lerp(new, 0.02), new), old)
         return (self.means[row, 0] / self.means[row, 1].clamp(min=1e-12))[(t * 8).long().clamp(0, 7)]
 
-    def forward(self, x0, eps, t, ids, mask):
+    def forward(self, x0, eps, t, *words):
         cfg, seen = self.cfg, {}
         taps = (cfg.student_tap,) if cfg.featkd else ()
 
         def student(x, t):
-            v = self.net(x, t, ids, mask, features=taps)
+            v = self.net(x, t, *(self.teacher.own(words) if self.teacher else words), features=taps)
             v, features = v if taps else (v, {})
             seen.update(x=x, v=v, **features)
             return v
         task = train.flow_loss(student, x0, eps, t)             # (B,)
         losses = {}
         if cfg.kd or cfg.featkd:
-            v_T, theirs = self.teacher(seen["x"], t, ids, mask, (self.teacher.tap,) if cfg.featkd else ())
+            v_T, theirs = self.teacher(seen["x"], t, *words, features=(self.teacher.tap,) if cfg.featkd else ())
         if cfg.kd:
             losses["kd"] = (v_T.float() - seen["v"].float()).square().mean((1, 2, 3))
         if cfg.featkd:

@@ -1,16 +1,16 @@
 """Your own pictures: a folder or tar shards -> a cache of latents and text, written once -> batches for train.py.
 
-    python data.py --export DIR 200                                         a folder to try it with: scenes of ragged sizes, ten broken files among them
+    python data.py --export DIR 200 [1536]                                  a folder to try it with: scenes of ragged sizes up to 192 (1536) px, ten broken files among them
     python data.py --cache --config configs/folder.toml [key=value ...]     writes the cache; killed, it goes on where it was; torchrun shares the work
 
 Read are x.jpg, .jpeg, .png and .webp with the caption in x.txt, or in captions.jsonl ({"file": .., "caption": ..}) or metadata.jsonl ({"file_name": .., "text": ..}), or in x.json
 ({"caption": ..}); and tar files of such pairs (webdataset's). What cannot be used is skipped, and listed in the cache's skipped.txt.
 
 The cache: NNNNNN.safetensors, each `data.shard` pictures of the listing; in it, for every bucket, `HxW` with the latents (n, C, H/8, W/8) in fp16, and in the metadata the names and
-captions. With frozen text encoders also `HxW.emb` (n, L, D) and `HxW.pooled` (n, P) in fp16 and `HxW.mask` (n, L), and empty.safetensors with those of the empty caption. Files are
-mapped, not loaded. cache.json says what the cache was made with: another autoencoder or other pictures want another directory.
+captions. With frozen text encoders also `HxW.emb` (n, L, D) and `HxW.pooled` (n, P) in fp16 and `HxW.mask` (n, L), and empty.safetensors with those of the empty caption; with a teacher
+of SD3's its states, in files of their own beside these, sd3-NNNNNN.safetensors and sd3-empty.safetensors. Files are mapped, not loaded. cache.json says what the cache was made with: another autoencoder or other pictures want another directory.
 """
-import functools, hashlib, io, json, posixpath, random, re, tarfile, time
+import contextlib, functools, hashlib, io, json, posixpath, random, re, tarfile, time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -19,14 +19,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageOps, UnidentifiedImageError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import sync
 from common import UserError, setup
 from data import DataConfig, Scenes, encode_pictures
-from text import Text, drop_encoders, encoding, join, parts_of, tokenize
+from text import Text, TextConfig, drop_encoders, encoding, join, parts_of, tokenize
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl")
@@ -227,8 +227,8 @@ def read_state(cfg, ae=None) -> dict | None:
     return state
 
 
-def make_cache(cfg):
-    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache. Shard k is made by rank k % world, and is the same whoever makes it."""
+def make_cache(cfg, teacher: TextConfig | None = None):
+    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache; `teacher`: and of its states. Shard k is made by rank k % world, and is the same whoever makes it."""
     from decoder import load_autoencoder
     device, rank, world = setup(cfg.device)
     d, root, start = cfg.data, Path(cfg.data.cache), time.time()
@@ -281,6 +281,8 @@ def make_cache(cfg):
     if encode:
         encode.release()
     seconds = time.time() - start
+    if teacher:
+        add_states(root, teacher, device, rank, world, state["shards"])
     if world > 1:
         dist.barrier()
     if rank > 0:
@@ -319,6 +321,29 @@ def text_tensors(encode, captions: list[str], prefix: str = "") -> dict:
     return {prefix + k: v.contiguous() for k, v in out.items()}
 
 
+def add_states(root: Path, cfg: TextConfig, device, rank: int, world: int, shards: int):
+    """The states of a teacher's encoders beside each shard that lacks them: pictures are neither read nor encoded again."""
+    import text
+    todo = [(root / f"sd3-{k:06d}.safetensors", about["buckets"]) for k, about in enumerate(read_shards(root, shards, rank, world))] + [(root / "sd3-empty.safetensors", {})] * (rank == 0)
+    todo = [(path, members) for path, members in todo if states_of(path) != states_key(cfg, members)]
+    with text.load_encoders(cfg, device) if todo else contextlib.nullcontext() as encoders:
+        encode = lambda captions: (lambda x: x._replace(mask=torch.ones_like(x.mask)))(encoders(captions))      # SD3 reads its padding too
+        for path, members in tqdm(todo, "states of the teacher's text encoders", unit="shard", disable=rank > 0):
+            tensors = {k: v for key, rows in members.items() for k, v in text_tensors(encode, [caption for _, caption in rows], key + ".").items()} or text_tensors(encode, [""])
+            write(path, lambda p: save_file(tensors, p, {"states": states_key(cfg, members)}))
+
+
+def states_key(cfg: TextConfig, members: dict) -> str:
+    """What a file of a teacher's states holds: by which encoders (not by which teacher: SD3.5-Large and its Turbo share them), of which captions."""
+    return hashlib.sha256(json.dumps([cfg.width, cfg.tokens, sorted(cfg.leave_out), members]).encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def states_of(path: Path) -> str | None:
+    """The key that a file has; None where it is missing or damaged."""
+    with contextlib.suppress(Exception), safe_open(path, "pt") as f:
+        return f.metadata()["states"]
+
+
 def finish(cfg, state):
     """skipped.txt, the counts on the screen, and cache.json's `done`."""
     root, shapes, skipped, long = Path(cfg.data.cache), Counter(), [], 0
@@ -345,8 +370,8 @@ def mapped(path: Path):
     return safe_open(path, "pt")
 
 
-def read_shards(root: Path, n: int):
-    for k in range(n):
+def read_shards(root: Path, n: int, first: int = 0, step: int = 1):
+    for k in range(first, n, step):
         try:
             with safe_open(root / f"{k:06d}.safetensors", "pt") as f:
                 yield json.loads(f.metadata()["pictures"])
@@ -362,27 +387,39 @@ def is_held_out(name: str, share: float) -> bool:
     return int(name_hash(name)[:8], 16) < share * 2**32
 
 
-def open_cache(cfg, ae=None) -> tuple["Pictures", "Pictures"]:
-    """The pictures to train on, and those held out by a hash of their names (one at least). Without the autoencoder: whatever it was made with."""
+def open_cache(cfg, ae=None, teacher: TextConfig | None = None) -> tuple["Pictures", "Pictures"]:
+    """The pictures to train on, and those held out by a hash of their names (one at least). Without the autoencoder: whatever it was made with. teacher: its states are wanted too."""
     root, state = Path(cfg.data.cache), read_state(cfg, ae)
     if not state or not state["done"]:
         raise UserError(f"the cache {root} is {'not whole yet' if state else 'not there'}: run `python data.py --cache` with this config")
-    rows = [(name, caption, bucket, shard, row) for shard, about in enumerate(read_shards(root, state["shards"]))
-            for bucket, members in about["buckets"].items() for row, (name, caption) in enumerate(members)]
+    shards = list(read_shards(root, state["shards"]))
+    if bad := [k for k, about in enumerate(shards) if teacher and states_of(root / f"sd3-{k:06d}.safetensors") != states_key(teacher, about["buckets"])]:
+        raise UserError(f"the cache {root} lacks the teacher's text states of {len(bad)} of {len(shards)} shards, or has those of other encoders: run `python data.py --cache` with this config, "
+                        "which adds them and encodes no picture again")
+    rows = [(name, caption, bucket, shard, row) for shard, about in enumerate(shards) for bucket, members in about["buckets"].items() for row, (name, caption) in enumerate(members)]
     held_out = {r for r in rows if is_held_out(r[0], cfg.data.held_out)} or {min(rows, key=lambda r: name_hash(r[0]))}
-    return Pictures(cfg, [r for r in rows if r not in held_out]), Pictures(cfg, [r for r in rows if r in held_out])
+    return Pictures(cfg, [r for r in rows if r not in held_out], teacher), Pictures(cfg, [r for r in rows if r in held_out])
+
+
+def empty_caption(cfg, prefix: str = "") -> Text:
+    """Its cached states; prefix "sd3-": the teacher's."""
+    path = Path(cfg.data.cache) / f"{prefix}empty.safetensors"
+    try:
+        return Text(**load_file(path))
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path} is missing or damaged ({e}): run `python data.py --cache` with this config")
 
 
 class Pictures:
     """One side of the split, mapped from the cache."""
 
-    def __init__(self, cfg, rows):
+    def __init__(self, cfg, rows, teacher=None):
         self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), defaultdict(list)       # bucket -> [(shard, row, caption)]
         for _, caption, bucket, shard, row in rows:
             self.rows[bucket].append((shard, row, caption))
-        self.empty = None
+        self.empty, self.teachers_empty = None, empty_caption(cfg, "sd3-") if teacher else None
         if cfg.text.kind != "own":
-            self.empty = Text(**load_file(self.root / "empty.safetensors"))
+            self.empty = empty_caption(cfg)
             if self.empty.emb.shape[2] != cfg.text.width:
                 raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide: set text.width and the network's context_dim to that (now {cfg.text.width})")
 
@@ -400,13 +437,19 @@ class Pictures:
     def take(self, bucket: str, rows, drop=()) -> tuple[torch.Tensor, ...]:
         """Latents (B, C, H, W) of these rows, and what the network reads of their captions: ids and mask (B, L), or emb (B, L, D), mask and an MMDiT's pooled (B, P).
         Those rows that `drop` has True for read the empty caption."""
-        part = lambda shard, row, key: mapped(self.root / f"{shard:06d}.safetensors").get_slice(key)[row:row + 1]
-        x0, drop = torch.cat([part(shard, row, bucket) for shard, row, _ in rows]).float(), drop or [False] * len(rows)
+        x0, drop = torch.cat([self.part(shard, row, bucket) for shard, row, _ in rows]).float(), drop or [False] * len(rows)
         if self.empty is None:
             return x0, *tokenize(["" if d else caption for d, (_, _, caption) in zip(drop, rows)], self.cfg.text.max_tokens, cut=True)
-        keys = [k for k in Text._fields if getattr(self.empty, k) is not None]
-        text = join([self.empty if d else Text(**{k: part(shard, row, f"{bucket}.{k}") for k in keys}) for d, (shard, row, _) in zip(drop, rows)])
+        text = self.states(self.empty, bucket, rows, drop)
         return x0, text.emb.float(), text.mask, *([text.pooled.float()] if self.cfg.arch == "mmdit" and text.pooled is not None else [])
+
+    def part(self, shard: int, row: int, key: str, prefix: str = "") -> torch.Tensor:
+        return mapped(self.root / f"{prefix}{shard:06d}.safetensors").get_slice(key)[row:row + 1]
+
+    def states(self, empty: Text, bucket: str, rows, drop, prefix: str = "") -> Text:
+        """Of these rows' captions, where `drop` says so of the empty one; prefix "sd3-": the teacher's."""
+        keys = [k for k in Text._fields if getattr(empty, k) is not None]
+        return join([empty if d else Text(**{k: self.part(shard, row, f"{bucket}.{k}", prefix) for k in keys}) for d, (shard, row, _) in zip(drop, rows)])
 
     def encode(self, captions: list[str]) -> Text:
         """The cached states of captions that are in here, or of the empty one: in place of the encoders, for the sample grids."""
@@ -421,16 +464,19 @@ class Pictures:
         return [self.take(b, [row for bucket, row in chosen if bucket == b]) for b in dict.fromkeys(b for b, _ in chosen)]
 
     def batch(self, k: int, rank: int, world: int) -> tuple[torch.Tensor, ...]:
-        """Micro-batch number k of a process: a function of the seed and of its number in the whole run. An optimiser step, of all processes and accumulated, has one bucket."""
+        """Micro-batch number k of a process: a function of the seed and of its number in the whole run. An optimiser step, of all processes and accumulated, has one bucket.
+        What take() gives, and behind it a teacher's emb, mask and pooled where it has states here (Teacher.own in distill.py parts them)."""
         cfg, k = self.cfg, k * world + rank
         group = self.cfg.accumulate * max(world, dist.get_world_size() if dist.is_initialized() else 1)    # micro-batches a step
         bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k // group, cfg.batch * group, cfg.seed)
         rng, first = random.Random(f"{cfg.seed}/{k}"), k % group * cfg.batch
         rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
-        x0, states, mask, *pooled = self.take(bucket, rows, [rng.random() < cfg.drop_caption for _ in rows])
+        drop = [rng.random() < cfg.drop_caption for _ in rows]
+        x0, states, mask, *pooled = self.take(bucket, rows, drop)
         if cfg.text.kind == "snapgen":                          # any subset of its encoders will do when sampling
             states, mask, _ = drop_encoders(Text(states, mask), parts_of(cfg.text), torch.Generator().manual_seed(cfg.seed * 1000003 + k))
-        return x0, states, mask, *pooled
+        theirs = self.states(self.teachers_empty, bucket, rows, drop, "sd3-") if self.teachers_empty else ()
+        return x0, states, mask, *pooled, *theirs
 
 
 @functools.lru_cache(256)
@@ -455,9 +501,9 @@ def whose_turn(sizes: tuple[tuple[str, int], ...], k: int, batch: int, seed: int
 
 
 # ---------------------------------------------------------------------------- a folder to try it with
-def export(folder, n: int):
-    """n scenes as JPEG + txt in ragged sizes, ten of them spoilt."""
-    folder, scenes = Path(folder), Scenes(192, "train", layout="free")
+def export(folder, n: int, size: int = 192):
+    """n scenes as JPEG + txt in ragged sizes, the longest side `size`, ten of them spoilt."""
+    folder, scenes = Path(folder), Scenes(size, "train", layout="free")
     if n < 20 or (folder.exists() and any(folder.iterdir())):
         raise UserError(f"--export wants an empty or new folder and 20 pictures or more, got {folder} and {n}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -465,6 +511,7 @@ def export(folder, n: int):
         picture, caption = scenes[i]
         rng = random.Random(i)
         w, h = rng.choice(((192, 192), (192, 128), (128, 192))) if rng.random() < 0.7 else (rng.randint(100, 192), rng.randint(100, 192))
+        w, h = w * size // 192, h * size // 192
         Image.fromarray(picture).resize((w, h), Image.Resampling.LANCZOS).save(folder / f"{i:05d}.jpg", quality=92)
         (folder / f"{i:05d}.txt").write_text(caption + "\n")
     files = [folder / f"{i:05d}.jpg" for i in random.Random(0).sample(range(n), 10)]

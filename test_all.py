@@ -964,16 +964,19 @@ MINI = ["model.widths=[32,64]", "model.res_down=1", "model.context_dim=32", "mod
         "text.width=32", "text.layers=1", "text.heads=2", "data.pictures=64", "data.workers=0", "batch=8", "warmup=2", "val_pictures=8", "samples=1", "sample_steps=1", "steps=5",
         "eval_every=2", "log_every=1", "lr=2e-3", "device=cpu", "amp=float32"]
 TRAINER = """
-import os, sys, json, torch.distributed as dist, train
-from common import read_config
+import os, sys, json, torch.distributed as dist, train, distill
+from common import UserError, read_config
 rate = train.rate
 for port, args, until in json.loads(sys.argv[1]):       # the k-th training meets at the k-th port, and breaks off before step `until`
     os.environ["MASTER_PORT"] = str(port)
     train.rate = lambda cfg, step: rate(cfg, step) if step < until else (_ for _ in ()).throw(InterruptedError)
     try:
-        train.train(read_config(train.Config(), args))
+        cfg = read_config((distill if any(a.startswith("teacher=") for a in args) else train).Config(), args)
+        train.train(cfg, lambda net: distill.Distill(cfg, net)) if isinstance(cfg, distill.Config) else train.train(cfg)
     except InterruptedError:
         pass
+    except UserError as e:
+        print("error:", e)
     if dist.is_initialized():
         dist.destroy_process_group()
 """
@@ -1027,6 +1030,43 @@ def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_
     assert first.keys() == shipped.keys() and shipped["unet.conv_in.weight"].dtype == torch.float16 and (trainings / run_ / "samples_0000005.png").is_file()
     net, _ = sample.load_model(trainings / run_)            # a sharded checkpoint is read like any other
     assert torch.allclose(net.unet.conv_out.weight, first["unet.conv_out.weight"].float(), atol=1e-3)
+
+
+@pytest.fixture(scope="module")
+def distillations(own, sd3_folder, tmp_path_factory):
+    """As `trainings`: a student on frozen states learns from an SD3 teacher, both from one cache. And a resumed one, and one that cannot be: its projector is another."""
+    d = tmp_path_factory.mktemp("distillations")
+    args = [a for a in MINI if not a.startswith(("text.", "data.", "model.context", "batch", "steps"))] + ["model.context_dim=40", "text.kind=sd3", "text.width=40", "batch=4", "steps=4", "text.folder=nowhere",
+            f"data.folder={own}", f"data.cache={d / 'cache'}", "data.bucket_step=16", "data.shard=8", "data.held_out=0.2", "data.workers=0", f"teacher={sd3_folder}", "student_tap=up0", "clip=0.1"]
+    cfg = common.read_config(distill.Config(), args + [f"text.folder={sd3_folder}"])        # training finds no encoder of the student's: neither a step nor a grid wants one
+    pictures.make_cache(cfg, distill.teacher_text(cfg))
+    go = lambda name, *more, until=9: ([*args, f"out={d / name}", *more], until)
+    one = train_on(1, [go("one", "accumulate=2"), go("part", "accumulate=2", until=3)])
+    two = train_on(2, [go("ddp"), go("shard", "shard=true"), go("cut", "shard=true", until=3), go("part", "shard=true"), go("cut", "shard=true", "projector=mlp")])
+    assert "resumed at step 2" in two and "does not fit its config" in two.splitlines()[-1] and "projector" in two.splitlines()[-1] and not "error" in one
+    assert "resumed at step 2" in train_on(1, [go("cut", "accumulate=2")])
+    return d
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run_", ["ddp", "shard", "part", "cut"])
+def test_distillation_on_two_processes_equals_one(distillations, run_):
+    """Student, projector, average, moments and losses after 4 steps of a cut student (or DDP's); part: begun on 1, ended on 2 that are cut; cut: the other way. Evaluation of a cut
+    student draws its grid by the cache's states."""
+    names = ("model", "ema", "optimizer", "beside")
+    a, b = (checkpoint.load_checkpoint(distillations / k, names)[1] for k in ("one", run_))
+    assert a.keys() == b.keys() == set(names) and set(a["beside"]) == {"projector.weight", "projector.bias"}
+    for kind in names:
+        assert a[kind].keys() == b[kind].keys()
+        for k, x in a[kind].items():
+            assert (x - b[kind][k]).abs().max() <= 1e-5 + 2e-3 * x.abs().max(), (kind, k)
+    rows = [[{k: float(v) for k, v in r.items() if k in ("loss", "kd", "feat", "task") and v} for r in common.read_log(distillations / k / "log.csv") if r["loss"]] for k in ("one", run_)]
+    assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4) and len(rows[0]) == 4 and rows[0][-1]["kd"] > 0
+    val = [[float(r["val"]) for r in common.read_log(distillations / k / "log.csv") if r.get("val")] for k in ("one", run_)]
+    assert val[0] == pytest.approx(val[1], rel=1e-4) and len(val[0]) == 2
+    assert (distillations / run_ / "samples_0000004.png").read_bytes() and (distillations / run_ / "checkpoint" / "model").is_dir() == (run_ in ("shard", "part"))
+    begin = checkpoint.load_checkpoint(distillations / run_ / "final")[1]["model"]
+    assert begin["unet.conv_out.weight"].abs().max() > 0 and not any(k.startswith("text.") for k in begin)
 
 
 @pytest.mark.slow
@@ -1140,7 +1180,7 @@ def test_gradients_reach_student_and_projector_and_never_the_teacher(teachers):
     assert not {id(p) for p in teacher} & {id(p) for p in objective.parameters()}
     assert not [k for k in objective.state_dict() if not k.startswith(("net.", "projector."))]
     x0, eps, t, ids, mask = a_batch()
-    velocity, taps = objective.teacher(x0, t, ids, mask, ("block1",))
+    velocity, taps = objective.teacher(x0, t, ids, mask, features=("block1",))
     assert not velocity.requires_grad and taps["block1"].shape == (6, 32, 4, 4)
     # a student that is its teacher has nothing to learn from it
     twin = distill.Distill(distill_config(teachers, "unused", featkd=False), sample.load_model(teachers / "teacher_mmdit")[0])
@@ -1339,11 +1379,11 @@ def test_noising_again_keeps_the_marginal():
         assert ((x - (1 - s) * made.flatten()) * (adv_distill.noised(x0, t, g) - 0.8 * x0).flatten()).mean().abs() < 0.01
     walk, k = torch.tensor([1.0, 0.75, 0.5, 0.25]), torch.arange(n) % 4
     for sampler in ("renoise", "euler"):
-        x = adv_distill.simulated(lambda x, t, ids, mask: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), k, k, g, sampler)[:, 0, 0, 0]       # it always predicts 3
+        x = adv_distill.simulated(lambda x, t, ids: (x - 3) / t[:, None, None, None], walk, k, (n, 1, 1, 1), [k], g, sampler)[:, 0, 0, 0]       # it always predicts 3
         for i, s in enumerate(walk.tolist()):
             assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04) and x[k == i].std().item() == pytest.approx(s, abs=0.03)
     velocity = lambda x, t, *_: (x * 2 + t[:, None, None, None] if torch.is_tensor(t) else x * 2 + t)                                          # and it is sample.euler's path, point by point
-    one = adv_distill.simulated(velocity, walk, torch.tensor([3]), (1, 1, 1, 1), k[:1], k[:1], torch.Generator().manual_seed(5), "euler")
+    one = adv_distill.simulated(velocity, walk, torch.tensor([3]), (1, 1, 1, 1), [k[:1]], torch.Generator().manual_seed(5), "euler")
     torch.testing.assert_close(one, sample.euler(velocity, torch.randn(1, 1, 1, 1, generator=torch.Generator().manual_seed(5)), walk.tolist()))
 
 
@@ -1380,11 +1420,11 @@ def test_r1_is_the_squared_gradient():
 def test_distribution_matching_moves_towards_the_real_and_stops_there():
     gauss = lambda m: lambda x, t, *_: (lambda a: -m + (x - (1 - a) * m) * (a - (1 - a) * 0.25) / ((1 - a) ** 2 * 0.25 + a**2))(t[:, None, None, None])    # velocity of N(m, 1/4)
     g, x, t, real = torch.Generator().manual_seed(0), 0.5 * torch.randn(512, 1, 2, 2), torch.full((512,), 0.5), lambda *a: (gauss(1.0)(*a), {})
-    pull = adv_distill.dmd_gradient(real, gauss(0.0), x, t, None, None, g)
+    pull = adv_distill.dmd_gradient(real, gauss(0.0), x, t, (), (), g)
     assert (pull < 0).all() and pull.sum((1, 2, 3)).mean().abs() < 2           # down it is up; of order one a picture
-    assert adv_distill.dmd_gradient(real, gauss(1.0), x, t, None, None, g).abs().max() == 0
+    assert adv_distill.dmd_gradient(real, gauss(1.0), x, t, (), (), g).abs().max() == 0
     for steps, tol in ((1, 0.5), (64, 0.02)):                                   # the teacher's path from noise ends at m + x / 2
-        end = x - adv_distill.teacher_velocity(real, x, torch.ones(512), None, None, steps)
+        end = x - adv_distill.teacher_velocity(real, x, torch.ones(512), (), steps)
         assert (end - (1 + x / 2)).abs().mean() < tol and ((end - (1 + x / 2)).abs().mean() > 0.1) == (steps == 1)
 
 
@@ -1498,6 +1538,23 @@ def test_bad_step_distillations_are_named(student, tmp_path):
                        (dict(init="runs/nowhere"), "no checkpoint"), (dict(critic_taps=["up9"]), "down0")):
         with pytest.raises(UserError, match=words):
             adv_distill.distil(adv_config(student, tmp_path / "x", **bad))
+
+
+def test_evaluation_takes_no_more_pictures_at_a_time_than_training_and_its_numbers_do_not_depend_on_it(shared, own, teachers, student, tmp_path, monkeypatch):
+    for config, words in ((lambda batch: train_config(shared, "unused", batch=batch), lambda cfg: train.load_data(cfg, torch.device("cpu"), 0, 1)[2]),
+                          (lambda batch: own_config(shared, own, "unused", batch=batch, val_pictures=80), lambda cfg: pictures.open_cache(cfg)[1])):
+        net, bins, rows = shaken(sample.TextToLatents(config(4).model, config(4).text)), [], []
+        for batch in (4, 64):
+            rows.append([])
+            ask = lambda x, t, *words: rows[-1].append(len(x)) or net(x, t, *words)
+            bins.append(train.Validation(config(batch), words(config(batch)), torch.device("cpu"))(ask, contextlib.nullcontext))
+        assert bins[0] == pytest.approx(bins[1], rel=1e-5) and max(rows[0]) == 4 < max(rows[1]) and sum(rows[0]) == sum(rows[1])
+    seen, forward, decode = Counter(), model.UNet.forward, decoder.Autoencoder.decode
+    monkeypatch.setattr(model.UNet, "forward", lambda self, x, *a, **k: seen.update([("unet", len(x))]) or forward(self, x, *a, **k))
+    monkeypatch.setattr(decoder.Autoencoder, "decode", lambda self, z: seen.update([("ae", len(z))]) or decode(self, z))
+    train.train(train_config(shared, tmp_path / "train", batch=4, steps=1, samples=5))
+    adv_distill.distil(adv_config(student, tmp_path / "adv", batch=3, steps=1, samples=5, log_every=1))
+    assert max(n for (_, n) in seen) == 4 and {("ae", 2), ("ae", 3), ("unet", 4)} <= seen.keys()
 
 
 # ---------------------------------------------------------------------------- checker.py, evaluate.py
@@ -2108,15 +2165,16 @@ def shaken(net, by=0.05):
     return net.eval()
 
 
-def tiny_encoders(folder, third="t5"):
+def tiny_encoders(folder, third="t5", widths=(16, 16, 0)):
     """Random CLIP, CLIP and T5 or Gemma in the hub's layout; the CLIPs' tokenizers are a vocab.json and a merges.txt, number 3's whole words."""
     import tokenizers
     import transformers
     torch.manual_seed(3)
+    folder, width = Path(folder), widths[2] or (40 if third == "t5" else 48)
     letters = sorted(set("".join(WORDS)))
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "r</w>"), ("d", "o")]
     vocab = ["!", *letters, *[c + "</w>" for c in letters], *["".join(m) for m in merges], "<|startoftext|>", "<|endoftext|>"]
-    for n, hidden, projection in (("", 16, 8), ("_2", 16, 16)):
+    for n, hidden, projection in (("", widths[0], 8), ("_2", widths[1], 16)):
         words = folder / f"tokenizer{n}"
         words.mkdir(parents=True)
         (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocab)}))
@@ -2133,11 +2191,11 @@ def tiny_encoders(folder, third="t5"):
     fast = transformers.PreTrainedTokenizerFast(tokenizer_object=whole, pad_token="<pad>", eos_token="</s>", unk_token="<unk>", padding_side="right" if third == "t5" else "left")
     if third == "t5":
         fast.save_pretrained(folder / "tokenizer_3")
-        net = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), d_model=40, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"))
+        net = transformers.T5EncoderModel(transformers.T5Config(vocab_size=len(vocab), d_model=width, d_ff=32, d_kv=8, num_heads=2, num_layers=2, feed_forward_proj="gated-gelu"))
     else:
         fast.save_pretrained(folder / "text_encoder_3")                          # beside the weights, as Gemma comes
-        net = transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=len(vocab), hidden_size=48, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-                                                                 num_key_value_heads=2, head_dim=12, pad_token_id=0, bos_token_id=3, eos_token_id=1))
+        net = transformers.Gemma2Model(transformers.Gemma2Config(vocab_size=len(vocab), hidden_size=width, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                                                 num_key_value_heads=2, head_dim=width // 4, pad_token_id=0, bos_token_id=3, eos_token_id=1))
     shaken(net).save_pretrained(folder / "text_encoder_3")
     return folder
 
@@ -2288,6 +2346,90 @@ def test_an_sd3_directory_teaches_with_its_own_encoders_once_a_batch(teachers, s
             with torch.no_grad():
                 v = theirs(hidden_states=x0, timestep=1000 * t, encoder_hidden_states=want.emb, pooled_projections=want.pooled).sample
             assert torch.allclose(objective.teacher(x0, t, ids, mask)[0], v, atol=1e-5)
+
+
+def no_encoders(monkeypatch):
+    for module in (text, distill):
+        monkeypatch.setattr(module, "load_encoders", lambda *a: pytest.fail("training loaded an encoder"))
+
+
+def own_distill_config(shared, folder, out, sd3, kind=distill.Config, **kw):
+    return read(kind(), **{**vars(own_config(shared, folder, out)), "teacher": str(sd3), "student_tap": "up0", **kw})
+
+
+def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_do(shared, own, sd3_folder, tmp_path, monkeypatch, capsys):
+    shutil.copytree(f"{own}_cache", tmp_path / "cache")
+    cfg = own_distill_config(shared, own, "unused", sd3_folder, data__cache=str(tmp_path / "cache"), drop_caption=0.3)
+    wanted = distill.teacher_text(cfg)
+    with pytest.raises(UserError, match="lacks the teacher's text states of 5 of 5 shards"):
+        pictures.open_cache(cfg, None, wanted)
+    with monkeypatch.context() as m:
+        m.setattr(pictures, "shard_of", lambda *a: pytest.fail("pictures were encoded again"))
+        pictures.make_cache(cfg, wanted)
+        before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir() if p.suffix == ".safetensors"}
+        assert sorted(n for n in before if n.startswith("sd3")) == [f"sd3-{k:06d}.safetensors" for k in range(5)] + ["sd3-empty.safetensors"]
+        os.truncate(tmp_path / "cache" / "sd3-000001.safetensors", 50)
+        pictures.make_cache(cfg, wanted)
+    assert {n for n, t in before.items() if t != (tmp_path / "cache" / n).stat().st_mtime_ns} == {"sd3-000001.safetensors"}
+    with pytest.raises(UserError, match="or has those of other encoders"):           # made with T5
+        pictures.open_cache(cfg, None, distill.teacher_text(replace(cfg, teacher_t5=False)))
+    assert pictures.open_cache(cfg)[0].batch(0, 0, 1)[-1].dtype == torch.bool        # to train.py it is the cache that it was
+
+    every, torch_rng = pictures.open_cache(cfg, None, wanted)[0], torch.manual_seed(2)
+    with text.load_encoders(wanted, torch.device("cpu")) as encoders:
+        for k in range(4):
+            x0, ids, mask, emb, read_, pooled = every.batch(k, 0, 1)
+            captions = [text.encoding().decode(row[:n - 1]).strip() for row, n in zip(ids.tolist(), mask.sum(1).tolist())]
+            fresh = encoders(captions)
+            assert read_.all() and emb.shape == fresh.emb.shape and emb.dtype == torch.float16
+            assert torch.allclose(emb.float(), fresh.emb, atol=4e-3) and torch.allclose(pooled.float(), fresh.pooled, atol=4e-3)
+            assert len(set(captions)) == 1 or fresh.emb.std(0).max() > 0.05          # captions differ by more
+    assert any(text.tokenize([""])[0][0, 0] == row[0] for k in range(4) for row in every.batch(k, 0, 1)[1])     # dropped ones among them
+
+    net = shaken(sample.TextToLatents(cfg.model, cfg.text)).train()
+    live = distill.Distill(replace(cfg, data=replace(cfg.data, folder=""), teacher_cfg=2.0), net)
+    no_encoders(monkeypatch)
+    ours = distill.Distill(replace(cfg, teacher_cfg=2.0), net)
+    ours.load_state_dict(live.state_dict())
+    x0, *words = every.batch(1, 0, 1)
+    eps, t = torch.randn_like(x0), torch.tensor([0.1, 0.4, 0.7, 0.9])
+    (a, seen_a), (b, seen_b) = live(x0, eps, t, *words[:2]), ours(x0, eps, t, *words)
+    assert torch.allclose(a, b, rtol=2e-3) and seen_a["kd"].item() == pytest.approx(seen_b["kd"].item(), rel=2e-3)
+    grads = [torch.cat([g.flatten() for g in torch.autograd.grad(loss.mean(), [p for p in objective.parameters()])]) for loss, objective in ((a, live), (b, ours))]
+    assert (grads[0] - grads[1]).norm() < 5e-3 * grads[0].norm()
+    other = ours(x0, eps, t, *words[:2], *(w.flip(0) for w in words[2:]))[1]["kd"]   # other captions' states teach otherwise
+    assert abs(other.item() / seen_b["kd"].item() - 1) > 1e-2
+
+
+@pytest.mark.slow
+def test_a_student_and_its_sd3_teacher_train_from_one_cache_without_any_encoder(shared, teachers, own, sd3_folder, tmp_path, monkeypatch):
+    """Frozen states of both, as kd_sd35.toml and adv_sd35.toml have them: distillation, then fewer steps, both ways and resumed; and a teacher of ours that reads what the student does."""
+    monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)})
+    small = replace(own_config(shared, own, "unused").model, context_dim=48)
+    kw = dict(model=small, text__kind="snapgen", text__width=48, text__tokens=20, text__folder=str(tiny_encoders(tmp_path / "text", "gemma")), data__cache=str(tmp_path / "cache"))
+    kd = own_distill_config(shared, own, tmp_path / "kd", sd3_folder, steps=2, eval_every=2, samples=2, **kw)
+    pictures.make_cache(kd, distill.teacher_text(kd))
+    no_encoders(monkeypatch)
+    train.train(kd, lambda net: distill.Distill(kd, net))
+    rows = [r for r in common.read_log(tmp_path / "kd" / "log.csv") if r["kd"]]
+    assert rows and all(np.isfinite(float(r["feat"])) for r in rows)
+    adv = lambda out, **more: own_distill_config(shared, own, tmp_path / out, sd3_folder, adv_distill.Config, **{**dict(init=str(tmp_path / "kd"), steps=4, eval_every=2, log_every=1, K=2, critic_width=16,
+                                                 method="both", generator_every=1, featkd=False, teacher_cfg=2.0, samples=2), **kw, **more})
+    adv_distill.distil(adv("a"))
+    real = adv_distill.rate
+    with monkeypatch.context() as m:
+        m.setattr(adv_distill, "rate", lambda cfg, step: real(cfg, step) if step < 3 else (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            adv_distill.distil(adv("b"))
+    adv_distill.distil(adv("b"))
+    a, b = everything(tmp_path / "a"), everything(tmp_path / "b")
+    assert len(a) == 7 and all(same(a[k], b[k]) for k in a)
+    begin = sample.load_model(tmp_path / "kd")[0].state_dict()
+    assert any(not torch.equal(a["model"][k], v) for k, v in begin.items())
+    for k, more in enumerate((dict(critic="init", backward_simulation=True), dict(teacher="", method="dmd"))):       # features of the student; the student as its own teacher
+        adv_distill.distil(adv(f"c{k}", steps=1, **more))
+    with pytest.raises(UserError, match="reads text.kind own, the student snapgen"):
+        distill.Teacher(replace(kd, teacher=str(shared / "teacher_unet")), torch.device("cpu"))
 
 
 def sd3_vae(folder=None, **kw):

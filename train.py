@@ -92,6 +92,7 @@ def flow_loss(velocity, x0, eps, t):
 class FlowObjective(nn.Module):
     """What the loop minimises. Distillers write their own: it holds the network as `net` beside whatever else is trained, and its forward gives the
     loss per picture (B,) and values for the log: numbers for its line, vectors for columns k0, k1, .. of log.csv alone (nan: none in this batch)."""
+    states = None                                               # text encoders whose cached states it wants beside the network's
 
     def __init__(self, net):
         super().__init__()
@@ -112,11 +113,11 @@ def rate(cfg, step: int) -> float:
 
 
 # ---------------------------------------------------------------------------- data
-def load_data(cfg: Config, device, rank, world):
-    """The autoencoder, and the latents of the training scenes and of the held-out ones; or both sides of the cache of your own pictures."""
+def load_data(cfg: Config, device, rank, world, states: TextConfig | None = None):
+    """The autoencoder, and the latents of the training scenes and of the held-out ones; or both sides of the cache of your own pictures, with the states of a teacher's encoders."""
     ae = load_autoencoder(cfg.ae, device)
     if cfg.data.folder:
-        return ae, *open_cache(cfg, ae)
+        return ae, *open_cache(cfg, ae, states)
     ae_key = fingerprint(ae)
     for turn in range(world):                                   # one process fills the cache, the others find it there
         if turn == rank:
@@ -162,7 +163,7 @@ class Batches:
 
 
 class Validation:
-    """Held-out pictures with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data."""
+    """Held-out pictures with fixed noise and times: 8 bins of t, so that the loss can be read against t. Equal for all runs on the same data; asked in parts of a training batch."""
 
     def __init__(self, cfg: Config, latents, device):
         if cfg.data.folder:
@@ -173,14 +174,15 @@ class Validation:
         sizes, g = [len(x0) for x0, *_ in groups], torch.Generator().manual_seed(1234)
         eps = [torch.randn(x0.shape, generator=g) for x0, *_ in groups]
         self.t = (torch.arange(sum(sizes)) % 8 + torch.rand(sum(sizes), generator=g)) / 8
-        self.batches = [[x.to(device) for x in part] for (x0, *words), e, t in zip(groups, eps, self.t.split(sizes))
-                        for part in zip(*(x.split(64) for x in (x0, e, t, *words)))]
+        self.device = device
+        self.batches = [part for (x0, *words), e, t in zip(groups, eps, self.t.split(sizes)) for part in zip(*(x.split(cfg.batch) for x in (x0, e, t, *words)))]
 
     @torch.no_grad()
     def __call__(self, net, amp) -> np.ndarray:
         """Mean loss per bin of t, (8,)."""
         losses = []
-        for x0, eps, t, *words in self.batches:
+        for part in self.batches:
+            x0, eps, t, *words = (x.to(self.device) for x in part)
             with amp():
                 losses.append(flow_loss(lambda x, t: net(x, t, *words), x0, eps, t))
         losses, bins = torch.cat(losses).cpu(), (self.t * 8).long().clamp(max=7)
@@ -207,7 +209,7 @@ def train(cfg: Config, make_objective=FlowObjective):
         shard(objective, device, amp_on, cfg.compile)
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world)
+    ae, latents, held_out = load_data(cfg, device, rank, world, objective.states)
     batches, validation = Batches(cfg, latents, device, 0, 1), Validation(cfg, held_out, device)     # of the whole run: a process takes every world-th batch
     prompts = shown_prompts(cfg)[:cfg.samples]
     if net.text is None:
@@ -215,7 +217,7 @@ def train(cfg: Config, make_objective=FlowObjective):
 
     ema, start = EMA(net, cfg.ema), 0
     if (out / "latest").exists() and sharded:
-        saved = load_shards(out, {"model": net.state_dict(), "ema": ema.state_dict(), "optimizer": opt.allocate(), "beside": beside()})
+        saved = load_shards(out, {"model": net.state_dict(), "ema": ema.state_dict(), "beside": beside(), "optimizer": opt.allocate()})     # the moments last: they have no names to complain with
         start, ema.steps = saved["step"], saved["ema_steps"]
     elif (out / "latest").exists():
         saved, state = load_checkpoint(out, ("model", "ema", "optimizer", "beside"))
@@ -255,7 +257,7 @@ def train(cfg: Config, make_objective=FlowObjective):
         raw = validation(raw_net, amp).mean()
         with contextlib.nullcontext() if sharded else ema.swapped():
             bins = validation(net_, amp)
-            pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=32)
+            pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=max(1, cfg.batch // 2))     # guidance doubles it
         net.train()
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
         log(step, show=False, val=float(bins.mean()), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
