@@ -257,21 +257,24 @@ def train(a, device):
 
 
 def data(a, device):
-    """Pictures/s that a training process gets: drawn and encoded once (`first`), then out of memory, captions worded and tokenised anew each time. Beside it what a GPU would eat at most."""
-    cfg = read_config(Config(), ["--config", "configs/base.toml", "data.pictures=4096"])
-    scenes = scenes_of(cfg.data)
+    """Pictures/s that a training process is given. They are drawn and encoded once, and lie on the device from then on: what is left for each batch is measured with latents of
+    one place (`words`) and, where this machine is the device, with whole ones. Beside it what a GPU would eat at most."""
+    cfg, out = read_config(Config(), ["--config", "configs/base.toml", "data.pictures=4096"]), {}
+    scenes, place = scenes_of(cfg.data), cfg.data.size // 8
     begin = time.perf_counter()
     for i in range(200):
         scenes.render(scenes.scene(i))
-    drawn = 200 / (time.perf_counter() - begin)
-    batches, k = Batches(cfg, torch.randn(4096, 16, 32, 32).half(), device, 0, 1), 0
-    begin = time.perf_counter()
-    while k < 8 or time.perf_counter() - begin < 5:
-        batches(k)
-        k += 1
-    loader = k * cfg.batch / (time.perf_counter() - begin)
-    eats = 0.35 * H200 / training_flops(cfg, cfg.model)
-    return {"config": "configs/base.toml", "drawn": drawn, "loader": loader, "eats": eats, "mfu": 0.35, "gpu_flops": H200}
+    out["drawn"] = 200 / (time.perf_counter() - begin)
+    for name, side in (("words", 1), ("whole", place)):
+        batches, k = Batches(cfg, torch.randn(4096, 16, side, side).half(), device, 0, 1), 0
+        wait(device)
+        begin = time.perf_counter()
+        while k < 8 or time.perf_counter() - begin < 3:
+            batches(k)
+            k += 1
+        wait(device)
+        out[name] = k * cfg.batch / (time.perf_counter() - begin)
+    return {"config": "configs/base.toml", **out, "eats": 0.35 * H200 / training_flops(cfg, cfg.model), "mfu": 0.35, "gpu_flops": H200}
 
 
 def scaling(a, device):

@@ -647,6 +647,27 @@ def test_dropped_captions_become_the_empty_one(shared):
     assert a.shape != b.shape or not torch.equal(a, b)  # ranks see different captions
 
 
+def test_a_batch_words_its_scenes_and_drops_some(shared):
+    """Each row is one of the scene's own wordings, or the empty caption; the next epoch takes others; made twice, the words are the same."""
+    cfg = train_config(shared, "unused", drop_caption=0.25)
+    cfg.data = replace(cfg.data, cache=str(shared / "words"))
+    latents = torch.arange(64.0)[:, None, None, None].expand(64, 16, 8, 8)
+    batches, scenes, seen, enc = train.Batches(cfg, latents, torch.device("cpu"), 0, 1), data.scenes_of(cfg.data), {}, text.encoding()
+    for k in range(64):
+        x0, ids, mask = batches(k)
+        assert ids.shape == mask.shape == (8, mask.sum(1).max())
+        for i, row, own in zip(x0[:, 0, 0, 0].long().tolist(), ids, mask):
+            seen.setdefault(i, []).append(enc.decode(row[own][:-1].tolist()).strip())
+            assert row[own][-1] == enc.n_vocab - 2 and (row[~own] == enc.n_vocab - 1).all()
+    assert all(len(v) == 8 for v in seen.values()) and len(seen) == 64
+    assert 0.15 < sum(w == "" for v in seen.values() for w in v) / 512 < 0.35 and sum(len(set(v)) > 3 for v in seen.values()) > 32
+    for i, words in seen.items():
+        rng, scene = random.Random(f"{cfg.seed}/{i}"), scenes.scene(i)
+        assert set(words) - {""} <= {scenes.caption(scene, rng).lower() for _ in range(train.WORDINGS)}
+    again = train.Batches(cfg, latents, torch.device("cpu"), 0, 1)
+    assert len(list((shared / "words").glob("words-*"))) == 1 and all(torch.equal(a, b) for a, b in zip(batches(5), again(5)))
+
+
 # ---------------------------------------------------------------------------- pictures.py: your own pictures
 def encoded(image, format="PNG", **kw):
     file = io.BytesIO()

@@ -9,7 +9,7 @@ and at the end final/: the averaged weights in fp16, to ship.
 Every random draw is a function of the seed and the micro-batch's number in the whole run: no generator's state needs saving, a resumed run equals an
 uninterrupted one bit for bit on a CPU, and so many processes or so many accumulated micro-batches are the same training but for rounding.
 """
-import contextlib, os, random, signal, sys, time
+import contextlib, hashlib, json, os, random, signal, sys, time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -17,11 +17,13 @@ import numpy as np
 import torch
 import torch.nn as nn
 from PIL import Image
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
 
 import plots
 from checkpoint import load_checkpoint, load_into, save_checkpoint
 from common import Log, UserError, anywhere, friendly, mean_over, peak_memory, pick_device, read_config, setup, start_others, use_bfloat16
-from data import CATEGORIES, DataConfig, grid, latents_of, scenes_of
+from data import CATEGORIES, NOUNS, DataConfig, grid, latents_of, scenes_of
 from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import UNetConfig, count_params
@@ -30,7 +32,7 @@ from pictures import fingerprint, open_cache
 from plan import MEASURED_MFU, costs, dry_run
 from sample import TextToLatents, chosen, generate, load_model, shift_time
 from shard import gathered, load_shards, save_shards, shard, whole
-from text import TextConfig, tokenize
+from text import TextConfig, encoding, tokenize
 
 
 @dataclass
@@ -136,8 +138,30 @@ def shown_prompts(cfg: Config) -> list[str]:
     return [test.caption(test.scene(i, CATEGORIES[i % 6]), random.Random(0)) for i in range(24)]
 
 
+WORDINGS = 8                    # of each scene's caption
+
+
+def wordings(cfg: Config, n: int):
+    """Tokens of WORDINGS captions of each of n training scenes, int16 ids (n, WORDINGS, L) and their lengths (n, WORDINGS); made once and kept beside the latents: worded
+    and tokenised for each batch anew they would hold up a GPU (bench.py data)."""
+    scenes, vocabulary = scenes_of(cfg.data), encoding().n_vocab
+    key = hashlib.sha256(json.dumps([cfg.data.nouns, cfg.data.layout, cfg.data.seed, cfg.data.atlas, list(NOUNS), vocabulary, cfg.text.max_tokens, cfg.seed, n]).encode()).hexdigest()[:12]
+    path = Path(cfg.data.cache) / f"words-{n}-{key}.safetensors"
+    if not path.exists():
+        captions = []
+        for i in tqdm(range(n), f"word {n} train scenes", unit="scene", disable=n < 5000):
+            rng, scene = random.Random(f"{cfg.seed}/{i}"), scenes.scene(i)
+            captions += [scenes.caption(scene, rng) for _ in range(WORDINGS)]
+        ids, mask = tokenize(captions, cfg.text.max_tokens)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_suffix(f".tmp{os.getpid()}")
+        save_file({"ids": ids.short().unflatten(0, (n, WORDINGS)), "lengths": mask.sum(1).short().unflatten(0, (n, WORDINGS))}, tmp)
+        tmp.rename(path)                                    # whole or not at all, whoever else makes it
+    return load_file(path)
+
+
 class Batches:
-    """Batch number k of a process: latents in a new order each epoch, captions worded anew each time, some of them dropped. Of a cache, see pictures.py."""
+    """Batch number k of a process: latents in a new order each epoch, each scene in one of its wordings, some captions dropped. Of a cache of your own pictures, see pictures.py."""
 
     def __init__(self, cfg: Config, latents, device, rank, world):
         if len(latents) < cfg.batch * world:
@@ -145,7 +169,10 @@ class Batches:
             raise UserError(f"{len(latents)} pictures are less than one batch ({cfg.batch} x {world} processes): lower batch, or {more}")
         self.cfg, self.latents, self.device, self.rank, self.world = cfg, latents, device, rank, world
         if not cfg.data.folder:
-            self.scenes, self.latents, self.epoch = scenes_of(cfg.data), latents.to(device), -1      # 2 kB each at 64 px: they fit
+            self.latents, self.epoch = latents.to(device), -1       # 2 kB each at 64 px: they fit, and so do the words
+            words = wordings(cfg, len(latents))
+            self.ids, self.lengths = (words[k].to(device) for k in ("ids", "lengths"))
+            self.empty = tokenize([""])[0][0].to(device)            # (1,)
 
     def __call__(self, k: int):
         if self.cfg.data.folder:
@@ -153,13 +180,16 @@ class Batches:
         cfg, per_epoch = self.cfg, len(self.latents) // (self.cfg.batch * self.world)
         if k // per_epoch != self.epoch:
             self.epoch = k // per_epoch
-            self.order = torch.randperm(len(self.latents), generator=torch.Generator().manual_seed(cfg.seed * 100003 + self.epoch))
+            self.order = torch.randperm(len(self.latents), generator=torch.Generator().manual_seed(cfg.seed * 100003 + self.epoch)).to(self.device)
         first = (k % per_epoch * self.world + self.rank) * cfg.batch
         index = self.order[first:first + cfg.batch]
-        rng = random.Random(f"{cfg.seed}/{k}/{self.rank}")
-        captions = ["" if rng.random() < cfg.drop_caption else self.scenes.caption(self.scenes.scene(i), rng) for i in index.tolist()]
-        ids, mask = tokenize(captions, cfg.text.max_tokens)
-        return self.latents[index.to(self.device)].float(), ids.to(self.device), mask.to(self.device)
+        g = torch.Generator().manual_seed(2**40 + cfg.seed * 1000003 + k * self.world + self.rank)     # other numbers than the noise's
+        which, drop = (x.to(self.device) for x in (torch.randint(WORDINGS, (cfg.batch,), generator=g), torch.rand(cfg.batch, generator=g) < cfg.drop_caption))
+        ids, lengths = self.ids[index, which].long(), self.lengths[index, which].long()             # (B, L), (B,)
+        ids[drop], lengths[drop] = encoding().n_vocab - 1, 1
+        ids[drop, 0] = self.empty
+        ids = ids[:, :lengths.max()] if ids.device.type == "cpu" else ids                           # on a GPU always the same shape
+        return self.latents[index].float(), ids, torch.arange(ids.shape[1], device=self.device) < lengths[:, None]
 
 
 class Validation:
