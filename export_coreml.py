@@ -32,7 +32,7 @@ from common import ROOT, UserError, friendly, keep_memory_mapped, peak_memory
 from coreml_check import ct
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from model import PRESETS, UNet, count_params
-from sample import Bundle, euler, generate, load_model, times
+from sample import Bundle, euler, generate, load_model, settings, times
 from text import VOCABULARY, Text, encoding, tokenize
 
 GATES = {"form": 100, "graph": 100, "numerics": 50}                 # dB, at least
@@ -290,11 +290,12 @@ def export(a) -> dict:
         shutil.rmtree(p, ignore_errors=True)
     tmp.mkdir(parents=True)
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
+    how = settings(config)
     manifest = {"version": VERSION, "git": git, "source": f"random weights, {a.random}" if a.random else str(a.ckpt), "sizes": sizes, "latent": {"channels": ae.cfg.latent, "factor": 8, "scale": ae.cfg.scale, "shift": ae.cfg.shift},
-                "schedule": {"kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t", "sampler": "dpmpp", "steps": 28, "cfg": 4.0, "shift": config["flow"]["shift"],
-                             "swift": "discreteFlowScheduler, schedulerTimestepShift 1, decoderScaleFactor 1, disableSafety true"},
+                "schedule": {"kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t", "sampler": how["sampler"], "steps": len(how["steps"]) - 1, "times": how["steps"], "cfg": how["cfg"],
+                             "shift": config.get("few_steps", config["flow"])["shift"], "swift": "discreteFlowScheduler, schedulerTimestepShift 1, decoderScaleFactor 1, disableSafety true"},
                 "attention": a.attention, "bits": a.bits, "ios": a.ios, "tools": {"torch": torch.__version__, "coremltools": ct.__version__},
-                "config": {k: config[k] for k in ("model", "text", "data", "flow") if k in config}, "parts": {}}
+                "config": {k: config[k] for k in ("model", "text", "data", "flow", "few_steps") if k in config}, "parts": {}}
     if not a.random:
         shutil.copy(VOCABULARY, tmp / VOCABULARY.name)
         n = encoding().n_vocab
@@ -334,13 +335,14 @@ def pixels_psnr(a, b):
 def picture_gate(a, bundle: Path, manifest) -> list[str]:
     """Pictures from the files against PyTorch's from the unrounded weights; fp16 against PyTorch is a gate, compressed is printed."""
     (net, config), ae, failed = load_model(a.ckpt), load_autoencoder(a.ae), []
+    how = settings(config)                                  # a few-step student draws in its own steps, without guidance
     for size in manifest["sizes"]:
-        draw = lambda net, ae: generate(net, ae, PROMPTS, range(len(PROMPTS)), size, 28, 4.0, "dpmpp", config["flow"]["shift"])
+        draw = lambda net, ae: generate(net, ae, PROMPTS, range(len(PROMPTS)), size, **how)
         begin, b = time.time(), Bundle(bundle, size)
         ours, seconds = draw(b, b), time.time() - begin
         value = manifest[f"picture_db_{size}"] = pixels_psnr(ours, draw(net, ae))
         least = PICTURE if a.bits == 16 else COMPRESSED_PICTURE[a.bits]
-        print(f"pictures of {size} px: {value:.1f} dB against PyTorch ({len(PROMPTS)} prompts, 28 steps, guidance 4; {seconds / len(PROMPTS):.1f} s each here)")
+        print(f"pictures of {size} px: {value:.1f} dB against PyTorch ({len(PROMPTS)} prompts, {len(how['steps']) - 1} steps, guidance {how['cfg']:g}; {seconds / len(PROMPTS):.1f} s each here)")
         failed += [f"picture {value:.1f} dB < {least}"] * (not value >= least)
     return failed
 

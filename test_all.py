@@ -1747,7 +1747,8 @@ def tiny_checkpoint(folder):
     txt = text.TextConfig(width=32, layers=1, heads=2, max_tokens=16)
     net, ae = export_coreml.perturb(sample.TextToLatents(cfg, txt)), export_coreml.perturb(tiny_ae())
     checkpoint.save_checkpoint(folder / "net", {"model": net.state_dict()}, {"model": common.dataclasses.asdict(cfg), "text": common.dataclasses.asdict(txt),
-                                                                             "data": {"size": 32}, "flow": {"shift": 1.0}}, latest=False)
+                                                                             "data": {"size": 32}, "flow": {"shift": 1.0},
+                                                                             "few_steps": {"steps": 3, "sampler": "euler", "cfg": 1.0, "shift": 2.0}}, latest=False)
     checkpoint.save_checkpoint(folder / "ae", {"model": ae.state_dict()}, {"autoencoder": common.dataclasses.asdict(ae.cfg)}, latest=False)
     return ["--ckpt", str(folder / "net"), "--ae", str(folder / "ae")]
 
@@ -1759,7 +1760,7 @@ def bundle(tmp_path_factory):
     return folder / "bundle"
 
 
-def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path):
+def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path, capsys):
     m = json.loads((bundle / "manifest.json").read_text())
     assert sorted(p.name for p in bundle.iterdir()) == sorted(["TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "captions.tiktoken", "compile.sh", "manifest.json"])
     for name, row in m["parts"].items():
@@ -1773,6 +1774,10 @@ def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path):
     ours, theirs = sample.generate(files, files, **args), sample.generate(net, decoder.load_autoencoder(bundle.parent / "ae"), **args)
     assert export_coreml.pixels_psnr(ours, theirs) >= 35 and m["picture_db_32"] >= 35
     assert export_coreml.pixels_psnr(ours[:1], theirs[1:]) < 30                     # and it is not that all pictures are alike
+    s = m["schedule"]                                                               # of a few-step student its own, without guidance
+    assert (s["steps"], s["times"], s["cfg"], s["sampler"], s["shift"]) == (3, sample.times(3, 2.0), 1.0, "euler", 2.0) and m["config"]["few_steps"]["steps"] == 3
+    sample.main(["a dog", "--coreml", str(bundle), "-o", str(tmp_path / "dog.png")])
+    assert "(3 steps, euler, cfg 1)" in capsys.readouterr().out
     sample.main(["a dog", "--coreml", str(bundle), "--steps", "2", "-o", str(tmp_path / "dog.png")])
     from PIL import Image
     assert Image.open(tmp_path / "dog.png").size == (32, 32)
