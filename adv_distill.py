@@ -130,7 +130,8 @@ class Critic(nn.Module):
         _, taps = denoiser(x.to(next(denoiser.parameters()).dtype), t, text.emb, text.mask, features=self.taps, **pooled)
         angle = t[:, None] * torch.pi * 2.0 ** torch.arange(16, device=t.device).div(2)     # (B, 16)
         c = self.embed(torch.cat([angle.cos(), angle.sin(), (text.emb.float() * weight).sum(1) / weight.sum(1)], -1))    # (B, W)
-        return [head(taps[name].float(), c) for name, head in zip(self.taps, self.heads)]
+        return [head(taps[name].float().contiguous(), c) for name, head in zip(self.taps, self.heads)]      # not channels_last: on a CPU GroupNorm's backward pass, where its input
+                                                                                                            # wants no gradient, dies of that (torch 2.13)
 
 
 FORMS = {  # what D minimises on real and on fake logits, what G minimises

@@ -433,7 +433,7 @@ def main(argv):
             export(folder, *map(int, numbers))
         case ["--cache", *args]:
             from common import pick_device, read_config, start_others
-            from pictures import make_cache
+            from cache import make_cache
             from adv_distill import Config                      # knows the keys of all three trainings
             from distill import teacher_text
             cfg = read_config(Config(), args, "configs/folder.toml")

@@ -26,7 +26,7 @@ from checkpoint import read_description, resolve
 from common import UserError, friendly, pick_device, read_config, start_others
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
 from model import count_params
-from pictures import empty_caption
+from cache import empty_caption
 from plan import forward_flops, frozen, report, tap_shape, trained, training_flops
 from sample import TextToLatents, chosen, load_model, network_of
 from text import Text, TextConfig, encoding, load_encoders, tokenize

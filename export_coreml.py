@@ -17,7 +17,7 @@ Each package is saved, loaded again and executed by coreml_check.py. A bundle is
 With compressed weights (--bits 8, 6, 4) `form`, `graph` and `numerics` hold for the fp16 file that is compressed; the compressed one is linted and watched for
 its range, its outputs and its pictures are compared and printed, and at 8 bits the pictures must reach 20 dB.
 """
-import argparse, contextlib, io, json, shutil, stat, subprocess, sys, time
+import argparse, contextlib, io, json, shutil, subprocess, sys, time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +33,7 @@ from coreml_check import ct
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from model import PRESETS, UNet, count_params
 from sample import Bundle, euler, generate, load_model, settings, times
-from text import VOCABULARY, Text, encoding, tokenize
+from text import VOCABULARY, encoding, tokenize
 
 GATES = {"form": 100, "graph": 100, "numerics": 50}                 # dB, at least
 PICTURE, COMPRESSED_PICTURE = 35, {8: 20, 6: 0, 4: 0}               # dB, at least; below 8 bits the picture may become another one, and the table says so

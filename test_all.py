@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import adv_distill, ane, bench, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, grids, losses, mmdit, model, optim, peers, pictures, plan, results, sample, stripes, text, train
+import adv_distill, ane, bench, cache, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, grids, losses, mmdit, model, optim, peers, pictures, plan, results, sample, stripes, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -668,7 +668,7 @@ def test_a_batch_words_its_scenes_and_drops_some(shared):
     assert len(list((shared / "words").glob("words-*"))) == 1 and all(torch.equal(a, b) for a, b in zip(batches(5), again(5)))
 
 
-# ---------------------------------------------------------------------------- pictures.py: your own pictures
+# ---------------------------------------------------------------------------- pictures.py, cache.py: your own pictures
 def encoded(image, format="PNG", **kw):
     file = io.BytesIO()
     image.save(file, format, **kw)
@@ -748,13 +748,13 @@ def test_buckets_are_multiples_of_about_the_area(size, step):
 def test_one_bucket_a_batch_and_every_picture_once_an_epoch():
     sizes, seen, buckets_ = (("48x80", 21), ("64x64", 50), ("80x48", 3)), Counter(), []
     for k in range(74):                                     # 8 epochs of 74 pictures are 74 batches of 8
-        bucket, places = pictures.whose_turn(sizes, k, 8, 0)
+        bucket, places = cache.whose_turn(sizes, k, 8, 0)
         seen.update((bucket, p) for p in places)
         buckets_.append(bucket)
         mine = [seen[bucket, p] for p in range(dict(sizes)[bucket])]
         assert len(places) == 8 and max(mine) - min(mine) <= 1      # none again before all were
     assert seen == {(b, p): 8 for b, n in sizes for p in range(n)} and buckets_[:9] != sorted(buckets_[:9])
-    epochs = [[pictures.whose_turn((("64x64", 16),), k, 8, seed)[1] for k in ks] for seed, ks in ((0, (0, 1)), (0, (2, 3)), (1, (0, 1)))]
+    epochs = [[cache.whose_turn((("64x64", 16),), k, 8, seed)[1] for k in ks] for seed, ks in ((0, (0, 1)), (0, (2, 3)), (1, (0, 1)))]
     assert len({str(e) for e in epochs}) == 3 and all(sorted(sum(e, [])) == list(range(16)) for e in epochs)
 
 
@@ -769,7 +769,7 @@ def own(shared, tmp_path_factory):
     """What --export makes, and its cache."""
     folder = tmp_path_factory.mktemp("own") / "pictures"
     pictures.export(folder, 40)
-    pictures.make_cache(own_config(shared, folder, "unused"))
+    cache.make_cache(own_config(shared, folder, "unused"))
     return folder
 
 
@@ -784,7 +784,7 @@ def own_run(shared, own, tmp_path_factory):
 def cached(cfg):
     """Every picture of a cache: {name: (bucket, caption, latents)}."""
     out = {}
-    for k, about in enumerate(pictures.read_shards(Path(cfg.data.cache), len(list(Path(cfg.data.cache).glob("0*.safetensors"))))):
+    for k, about in enumerate(cache.read_shards(Path(cfg.data.cache), len(list(Path(cfg.data.cache).glob("0*.safetensors"))))):
         tensors = safetensors.torch.load_file(Path(cfg.data.cache) / f"{k:06d}.safetensors")
         out |= {Path(name).name: (key, caption, tensors[key][row].numpy().tobytes()) for key, members in about["buckets"].items() for row, (name, caption) in enumerate(members)}
     return out
@@ -792,11 +792,11 @@ def cached(cfg):
 
 def test_the_cache_holds_the_whole_ones_and_names_the_others(shared, own, capsys):
     cfg = own_config(shared, own, "unused")
-    pictures.make_cache(cfg)                                # again: nothing to do, the same summary
+    cache.make_cache(cfg)                                # again: nothing to do, the same summary
     said = capsys.readouterr().out
     assert "30 pictures, 10 skipped (5 broken, 3 no caption, 2 too small), listed in" in said
     skipped = dict(line.split("\t") for line in (Path(cfg.data.cache) / "skipped.txt").read_text().splitlines())
-    every, held = pictures.open_cache(cfg)
+    every, held = cache.open_cache(cfg)
     names = cached(cfg)
     assert len(names) == 30 and not names.keys() & skipped.keys() and names.keys() | skipped.keys() == {p.name for p in own.glob("*.jpg")}
     assert len(every) + len(held) == 30 and 0 < len(held) < 15 and not set(every.captions()) & set(held.captions())
@@ -811,17 +811,17 @@ def test_the_cache_holds_the_whole_ones_and_names_the_others(shared, own, capsys
 
 def test_a_batch_has_one_shape_on_all_ranks_and_no_picture_twice(shared, own):
     cfg = own_config(shared, own, "unused", drop_caption=0.0, batch=2)
-    every, shapes = pictures.open_cache(cfg)[0], set()
+    every, shapes = cache.open_cache(cfg)[0], set()
     for k in range(12):
         a, b = (every.batch(k, rank, 2) for rank in (0, 1))
         assert a[0].shape == b[0].shape and a[0].dtype == torch.float32
         assert a[0].shape in shapes or not any(torch.equal(x, y) for x in a[0] for y in b[0])      # later batches may reach into the bucket's next epoch
         assert all(torch.equal(x, y) for x, y in zip(a, every.batch(k, 0, 2)))
         shapes.add(a[0].shape)
-        alone = pictures.open_cache(own_config(shared, own, "unused", drop_caption=0.0, batch=2, accumulate=2))[0] if k == 0 else alone
+        alone = cache.open_cache(own_config(shared, own, "unused", drop_caption=0.0, batch=2, accumulate=2))[0] if k == 0 else alone
         assert all(torch.equal(x, y) for x, y in zip(b, alone.batch(2 * k + 1, 0, 1)))             # two processes, or two accumulated batches: the same step
     assert len(shapes) > 1
-    _, ids, _ = pictures.open_cache(own_config(shared, own, "unused", drop_caption=1.0))[0].batch(0, 0, 1)
+    _, ids, _ = cache.open_cache(own_config(shared, own, "unused", drop_caption=1.0))[0].batch(0, 0, 1)
     assert ids.shape == (4, 1)                              # the empty caption
 
 
@@ -830,19 +830,19 @@ def test_tars_are_read_as_the_folder_is(shared, own, tmp_path):
         for file in sorted(own.iterdir()):
             tar.add(file, file.name)
     cfg = own_config(shared, tmp_path / "own.tar", "unused", data__cache=str(tmp_path / "cache"))
-    pictures.make_cache(cfg)
+    cache.make_cache(cfg)
     assert cached(cfg) == cached(own_config(shared, own, "unused"))
     whole = (tmp_path / "own.tar").read_bytes()
     (tmp_path / "own.tar").write_bytes(whole[: len(whole) // 2 + 100])
     items = pictures.find_pictures(tmp_path / "own.tar")
     assert 10 < len(items) < 40 and items[-1].reason.startswith("broken: the tar")
     with pytest.raises(UserError, match="other pictures than"):
-        pictures.make_cache(cfg)
+        cache.make_cache(cfg)
 
 
 def killed(tmp_path, body: str):
     """Runs Python lines in a process of its own, which they kill with -9."""
-    p = run("-c", f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, test_all as t, checkpoint, pictures, train\n"
+    p = run("-c", f"import os, signal, sys; sys.path.insert(0, {str(ROOT)!r}); import pathlib, test_all as t, cache, checkpoint, pictures, train\n"
                   f"die, n = lambda: os.kill(os.getpid(), signal.SIGKILL), []\n{body}")
     assert p.returncode == -signal.SIGKILL, p.stderr
     return p.stdout
@@ -855,16 +855,16 @@ def sync(path):
     n.append(path)
     if len(n) == 7:                                         # two a file: cache.json, two shards, and within the third
         os.truncate(path, 1000), die()
-pictures.sync = sync
-pictures.make_cache(t.own_config(pathlib.Path({str(shared)!r}), {str(own)!r}, "unused", data__cache={cfg.data.cache!r}))""")
-    cache = Path(cfg.data.cache)
-    assert sorted(p.name for p in cache.iterdir()) == ["000000.safetensors", "000001.safetensors", "000002.safetensors.tmp", "cache.json"]
+cache.sync = sync
+cache.make_cache(t.own_config(pathlib.Path({str(shared)!r}), {str(own)!r}, "unused", data__cache={cfg.data.cache!r}))""")
+    root = Path(cfg.data.cache)
+    assert sorted(p.name for p in root.iterdir()) == ["000000.safetensors", "000001.safetensors", "000002.safetensors.tmp", "cache.json"]
     with pytest.raises(UserError, match="not whole yet"):
-        pictures.open_cache(cfg)
-    before = (cache / "000000.safetensors").stat().st_mtime_ns
-    pictures.make_cache(cfg)
-    assert "2 of 5 shards are there already" in capsys.readouterr().out and (cache / "000000.safetensors").stat().st_mtime_ns == before
-    a, b = ({p.name: p.read_bytes() for p in Path(c).iterdir()} for c in (cache, f"{own}_cache"))
+        cache.open_cache(cfg)
+    before = (root / "000000.safetensors").stat().st_mtime_ns
+    cache.make_cache(cfg)
+    assert "2 of 5 shards are there already" in capsys.readouterr().out and (root / "000000.safetensors").stat().st_mtime_ns == before
+    a, b = ({p.name: p.read_bytes() for p in Path(c).iterdir()} for c in (root, f"{own}_cache"))
     assert a == b
 
 
@@ -873,10 +873,10 @@ def test_a_cache_that_does_not_fit_is_named(shared, own, tmp_path):
     for words, change in (("was made with size=64, the config says 128", dict(data__size=128)), ("not there: run `python data.py --cache`", dict(data__cache=str(tmp_path / "none"))),
                           ("made with text=own", dict(text__kind="clip"))):
         with pytest.raises(UserError, match=words):
-            pictures.open_cache(own_config(shared, own, "unused", **change), ae)
+            cache.open_cache(own_config(shared, own, "unused", **change), ae)
     for words, change in (("bucket_step=8", dict(data__bucket_step=8)), ("no folder of pictures", dict(data__folder=str(tmp_path / "none"))), ("no pictures in", dict(data__folder=str(tmp_path)))):
         with pytest.raises(UserError, match=words):
-            pictures.make_cache(own_config(shared, own, "unused", **{**dict(data__cache=str(tmp_path / "new")), **change}))
+            cache.make_cache(own_config(shared, own, "unused", **{**dict(data__cache=str(tmp_path / "new")), **change}))
     with pytest.raises(UserError, match="less than one batch"):
         train.train(own_config(shared, own, tmp_path / "x", batch=64))
 
@@ -885,7 +885,7 @@ def test_training_from_a_cache_learns_and_resumes(shared, own, own_run, tmp_path
     rows = common.read_log(own_run / "log.csv")
     val = [float(r["val_raw"]) for r in rows if r.get("val_raw")]
     cfg = own_config(shared, own, "unused")
-    nothing = train.Validation(cfg, pictures.open_cache(cfg)[1], torch.device("cpu"))(lambda x, t, *words: 0 * x, contextlib.nullcontext).mean()
+    nothing = train.Validation(cfg, cache.open_cache(cfg)[1], torch.device("cpu"))(lambda x, t, *words: 0 * x, contextlib.nullcontext).mean()
     assert len(val) == 2 and val[1] < val[0] and val[1] < 0.95 * nothing and (own_run / "samples_0000016.png").stat().st_size > 0
     real = train.rate
     monkeypatch.setattr(train, "rate", lambda cfg, step: real(cfg, step) if step < 11 else (_ for _ in ()).throw(KeyboardInterrupt))
@@ -944,14 +944,14 @@ def frozen_encoder(cfg, device="cpu"):
 @pytest.mark.parametrize("arch", ["unet", "mmdit"])
 def test_frozen_text_is_cached_trained_on_without_its_encoder_and_loaded_to_sample(shared, own, tmp_path, monkeypatch, arch):
     kind = {"unet": "snapgen", "mmdit": "sd3"}[arch]
-    monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 2, 0, 16), "clip_g": (0, 2, 16, 32), "gemma": (2, 48, 0, 32)})
+    monkeypatch.setattr(cache, "parts_of", lambda c: {"clip_l": (0, 2, 0, 16), "clip_g": (0, 2, 16, 32), "gemma": (2, 48, 0, 32)})
     cfg = own_config(shared, own, tmp_path / "run", arch=arch, mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), text__kind=kind, data__cache=str(tmp_path / "cache"), steps=4, eval_every=2, drop_caption=0.5)
     loaded = []
     encoder = frozen_encoder(cfg.text)
     monkeypatch.setattr(text, "load_encoders", lambda c, d: loaded.append(c.kind) or encoder, raising=False)
-    pictures.make_cache(cfg)
+    cache.make_cache(cfg)
     assert loaded == [kind] and encoder.released == [1]
-    every, held = pictures.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
+    every, held = cache.open_cache(cfg, decoder.load_autoencoder(cfg.ae))
     bucket, rows = next(iter(every.rows.items()))
     _, *words = every.take(bucket, rows[:3], [False, True, False])
     fresh = frozen_encoder(cfg.text)([rows[0][2], "", rows[2][2]])
@@ -1060,7 +1060,7 @@ def distillations(own, sd3_folder, tmp_path_factory):
     args = [a for a in MINI if not a.startswith(("text.", "data.", "model.context", "batch", "steps"))] + ["model.context_dim=40", "text.kind=sd3", "text.width=40", "batch=4", "steps=4", "text.folder=nowhere",
             f"data.folder={own}", f"data.cache={d / 'cache'}", "data.bucket_step=16", "data.shard=8", "data.held_out=0.2", "data.workers=0", f"teacher={sd3_folder}", "student_tap=up0", "clip=0.1"]
     cfg = common.read_config(distill.Config(), args + [f"text.folder={sd3_folder}"])        # training finds no encoder of the student's: neither a step nor a grid wants one
-    pictures.make_cache(cfg, distill.teacher_text(cfg))
+    cache.make_cache(cfg, distill.teacher_text(cfg))
     go = lambda name, *more, until=9: ([*args, f"out={d / name}", *more], until)
     one = train_on(1, [go("one", "accumulate=2"), go("part", "accumulate=2", until=3)])
     two = train_on(2, [go("ddp"), go("shard", "shard=true"), go("cut", "shard=true", until=3), go("part", "shard=true"), go("cut", "shard=true", "projector=mlp")])
@@ -1563,7 +1563,7 @@ def test_bad_step_distillations_are_named(student, tmp_path):
 
 def test_evaluation_takes_no_more_pictures_at_a_time_than_training_and_its_numbers_do_not_depend_on_it(shared, own, teachers, student, tmp_path, monkeypatch):
     for config, words in ((lambda batch: train_config(shared, "unused", batch=batch), lambda cfg: train.load_data(cfg, torch.device("cpu"), 0, 1)[2]),
-                          (lambda batch: own_config(shared, own, "unused", batch=batch, val_pictures=80), lambda cfg: pictures.open_cache(cfg)[1])):
+                          (lambda batch: own_config(shared, own, "unused", batch=batch, val_pictures=80), lambda cfg: cache.open_cache(cfg)[1])):
         net, bins, rows = shaken(sample.TextToLatents(config(4).model, config(4).text)), [], []
         for batch in (4, 64):
             rows.append([])
@@ -2388,20 +2388,20 @@ def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_d
     cfg = own_distill_config(shared, own, "unused", sd3_folder, data__cache=str(tmp_path / "cache"), drop_caption=0.3)
     wanted = distill.teacher_text(cfg)
     with pytest.raises(UserError, match="lacks the teacher's text states of 5 of 5 shards"):
-        pictures.open_cache(cfg, None, wanted)
+        cache.open_cache(cfg, None, wanted)
     with monkeypatch.context() as m:
-        m.setattr(pictures, "shard_of", lambda *a: pytest.fail("pictures were encoded again"))
-        pictures.make_cache(cfg, wanted)
+        m.setattr(cache, "shard_of", lambda *a: pytest.fail("pictures were encoded again"))
+        cache.make_cache(cfg, wanted)
         before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cache").iterdir() if p.suffix == ".safetensors"}
         assert sorted(n for n in before if n.startswith("sd3")) == [f"sd3-{k:06d}.safetensors" for k in range(5)] + ["sd3-empty.safetensors"]
         os.truncate(tmp_path / "cache" / "sd3-000001.safetensors", 50)
-        pictures.make_cache(cfg, wanted)
+        cache.make_cache(cfg, wanted)
     assert {n for n, t in before.items() if t != (tmp_path / "cache" / n).stat().st_mtime_ns} == {"sd3-000001.safetensors"}
     with pytest.raises(UserError, match="or has those of other encoders"):           # made with T5
-        pictures.open_cache(cfg, None, distill.teacher_text(replace(cfg, teacher_t5=False)))
-    assert pictures.open_cache(cfg)[0].batch(0, 0, 1)[-1].dtype == torch.bool        # to train.py it is the cache that it was
+        cache.open_cache(cfg, None, distill.teacher_text(replace(cfg, teacher_t5=False)))
+    assert cache.open_cache(cfg)[0].batch(0, 0, 1)[-1].dtype == torch.bool        # to train.py it is the cache that it was
 
-    every, torch_rng = pictures.open_cache(cfg, None, wanted)[0], torch.manual_seed(2)
+    every, torch_rng = cache.open_cache(cfg, None, wanted)[0], torch.manual_seed(2)
     with text.load_encoders(wanted, torch.device("cpu")) as encoders:
         for k in range(4):
             x0, ids, mask, emb, read_, pooled = every.batch(k, 0, 1)
@@ -2430,11 +2430,11 @@ def test_a_teachers_states_are_added_to_a_cache_and_teach_as_its_live_encoders_d
 @pytest.mark.slow
 def test_a_student_and_its_sd3_teacher_train_from_one_cache_without_any_encoder(shared, teachers, own, sd3_folder, tmp_path, monkeypatch):
     """Frozen states of both, as kd_sd35.toml and adv_sd35.toml have them: distillation, then fewer steps, both ways and resumed; and a teacher of ours that reads what the student does."""
-    monkeypatch.setattr(pictures, "parts_of", lambda c: {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)})
+    monkeypatch.setattr(cache, "parts_of", lambda c: {"clip_l": (0, 77, 0, 16), "clip_g": (0, 77, 16, 32), "gemma": (77, 97, 0, 48)})
     small = replace(own_config(shared, own, "unused").model, context_dim=48)
     kw = dict(model=small, text__kind="snapgen", text__width=48, text__tokens=20, text__folder=str(tiny_encoders(tmp_path / "text", "gemma")), data__cache=str(tmp_path / "cache"))
     kd = own_distill_config(shared, own, tmp_path / "kd", sd3_folder, steps=2, eval_every=2, samples=2, **kw)
-    pictures.make_cache(kd, distill.teacher_text(kd))
+    cache.make_cache(kd, distill.teacher_text(kd))
     no_encoders(monkeypatch)
     train.train(kd, lambda net: distill.Distill(kd, net))
     rows = [r for r in common.read_log(tmp_path / "kd" / "log.csv") if r["kd"]]

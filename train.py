@@ -28,7 +28,7 @@ from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import UNetConfig, count_params
 from optim import EMA, Muon, rows
-from pictures import fingerprint, open_cache
+from cache import fingerprint, open_cache
 from plan import MEASURED_MFU, costs, dry_run
 from sample import TextToLatents, chosen, generate, load_model, shift_time
 from shard import gathered, load_shards, save_shards, shard, whole
@@ -161,7 +161,7 @@ def wordings(cfg: Config, n: int):
 
 
 class Batches:
-    """Batch number k of a process: latents in a new order each epoch, each scene in one of its wordings, some captions dropped. Of a cache of your own pictures, see pictures.py."""
+    """Batch number k of a process: latents in a new order each epoch, each scene in one of its wordings, some captions dropped. Of a cache of your own pictures, see cache.py."""
 
     def __init__(self, cfg: Config, latents, device, rank, world):
         if len(latents) < cfg.batch * world:
