@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn as nn
@@ -269,7 +270,7 @@ def distil(cfg: Config):
         net.eval()
         with ema.swapped():
             x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=cfg.batch))
-            val = float(validation(net, amp).mean())
+            val = float(np.nanmean(validation(net, amp)))
         net.train()
         with torch.inference_mode():
             pictures = [p for part in x0.split(cfg.batch) for p in to_pictures(ae.decode(part))]

@@ -284,14 +284,14 @@ def train(cfg: Config, make_objective=FlowObjective):
             return
         net_.frozen = net.frozen
         net.eval()
-        raw = validation(raw_net, amp).mean()
+        raw = np.nanmean(validation(raw_net, amp))             # of few pictures some bins are empty
         with contextlib.nullcontext() if sharded else ema.swapped():
             bins = validation(net_, amp)
             pictures = generate(net_, ae, prompts, range(len(prompts)), cfg.data.size, cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift, batch=max(1, cfg.batch // 2))     # guidance doubles it
         net.train()
         grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
-        log(step, show=False, val=float(bins.mean()), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
-        print(f"step {step}: held-out loss {bins.mean():.4f} (raw weights {raw:.4f}); per bin of t " + " ".join(f"{v:.3f}" for v in bins), flush=True)
+        log(step, show=False, val=float(np.nanmean(bins)), val_raw=float(raw), **{f"bin{b}": float(v) for b, v in enumerate(bins)})
+        print(f"step {step}: held-out loss {np.nanmean(bins):.4f} (raw weights {raw:.4f}); per bin of t " + " ".join(f"{v:.3f}" for v in bins), flush=True)
         plots.losses(out / "log.csv", out / "loss.png")
 
     while step < cfg.steps and not (step % 5 == 0 and anywhere(bool(stop), world)):
