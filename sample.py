@@ -94,7 +94,8 @@ def guided(net, text: Text, empty: Text, cfg: float, interval=(0.0, 1.0)):
     """velocity(x, t) with classifier-free guidance, both halves in one batch: v = v_empty + cfg (v_text - v_empty).
     Outside the interval of t, or at cfg = 1, the text alone at half the cost (Kynkäänniemi et al. 2024). Texts are projected to keys and values once."""
     project = lambda text: text._replace(emb=net.keys_values(text.emb)) if hasattr(net, "keys_values") else text
-    text, both = project(text), project(join([text, empty]))
+    both = project(join([text, empty])) if cfg != 1 else None
+    text = project(text)
     pooled = lambda text: {} if text.pooled is None else {"pooled": text.pooled}
 
     def velocity(x, t):
@@ -232,9 +233,9 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     device, pictures, walk = net.device, [], times(steps, shift) if isinstance(steps, int) else steps
     bar = tqdm(total=len(captions), unit="picture", disable=not progress)
     for i in range(0, len(captions), batch):
-        text, empty = net.encode(captions[i:i + batch]), net.encode([""])
+        text, empty = net.encode(captions[i:i + batch]), net.encode([""]) if cfg != 1 else None
         n = len(text.emb)
-        empty = Text(*(x if x is None else x.expand(n, *x.shape[1:]) for x in empty))
+        empty = empty and Text(*(x if x is None else x.expand(n, *x.shape[1:]) for x in empty))
         noise = lambda k=-1: latents_noise([s + ((k + 1) << 40) for s in seeds[i:i + batch]], (net.denoiser.cfg.in_channels, height // 8, width // 8), device)
         fresh = {"noise": noise} if sampler == "renoise" else {}                                     # from the picture's own seed, too
         latents = SAMPLERS[sampler](guided(net.denoiser, text, empty, cfg, interval), noise(), walk, **fresh)   # (B, 16, H/8, W/8)

@@ -463,7 +463,7 @@ def test_the_text_is_projected_once_a_picture_and_the_latents_stay_the_same(monk
             calls.clear()
             anew, of_anew = draw(Anew(), cfg, interval), len(calls)
         assert (once - anew).abs().max() < 1e-5 * anew.std()
-        assert of_once == 2 * blocks + 3 * self_attention and of_anew == 3 * (blocks + self_attention)
+        assert of_once == (1 + (cfg != 1)) * blocks + 3 * self_attention and of_anew == 3 * (blocks + self_attention)
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (6, 10), (32, 32)])
@@ -1034,8 +1034,9 @@ def trainings(shared, tmp_path_factory):
 @pytest.mark.parametrize("run_", ["adamw_ddp", "adamw_shard", "muon_ddp", "muon_shard", "muon_whole", "muon_cut"])
 def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_):
     """Loss and weights after 5 steps. whole: begun on 1, ended on 2 that are sharded; cut: begun and resumed on 2, with checkpointed layers, ended on 1.
-    Muon rounds to bfloat16 on its way, which makes a hundredth of the last bit of a gradient; nothing is clipped there, lest a norm's last bit be all gradients'."""
-    tolerance = 3e-2 if "muon" in run_ else 2e-3
+    Muon rounds to bfloat16 on its way, which makes a hundredth of the last bit of a gradient, and more of a single number that is near zero: there tensors are compared
+    as a whole; nothing is clipped, lest a norm's last bit be all gradients'."""
+    tolerance, size = (3e-2, torch.norm) if "muon" in run_ else (2e-3, lambda x: x.abs().max())
     reference = trainings / run_.split("_")[0]
     a, b = (checkpoint.load_checkpoint(p, ("model", "ema", "optimizer"))[1] for p in (reference, trainings / run_))
     first = checkpoint.load_checkpoint(reference / "final")[1]["model"]
@@ -1044,7 +1045,7 @@ def test_two_processes_equal_one_and_a_run_goes_on_on_any_number(trainings, run_
         assert a[kind].keys() == b[kind].keys()
         for k in a[kind]:
             x, y = a[kind][k].float(), b[kind][k].float()
-            assert x.shape == y.shape and (x - y).abs().max() <= 1e-5 + tolerance * x.abs().max(), (kind, k)
+            assert x.shape == y.shape and size(x - y) <= 1e-5 + tolerance * size(x), (kind, k)
     losses = [[float(r["loss"]) for r in common.read_log(p / "log.csv") if r["loss"]] for p in (reference, trainings / run_)]
     assert len(losses[1]) == 5 and losses[1] == pytest.approx(losses[0], rel=1e-5)
     shipped = checkpoint.load_checkpoint(trainings / run_ / "final")[1]["model"]
