@@ -209,10 +209,14 @@ def sample(a, device):
 
 
 def of_equal_flops(network, size: int, tokens: int, head_dim: int = 32) -> MMDiTConfig:
-    """The MMDiT, six blocks per four heads or so, whose forward pass comes nearest to the network's."""
-    goal = forward_flops(network, size, tokens)
-    make = lambda heads: MMDiTConfig(layers=max(2, 3 * heads // 2), heads=heads, head_dim=head_dim, context_dim=network.context_dim, pooled_dim=network.context_dim, base=size // 16, position_max=size // 16)
-    return min((make(h) for h in range(2, 40)), key=lambda m: abs(math.log(forward_flops(m, size, tokens) / goal)))
+    """The MMDiT, three blocks per two heads, whose forward pass comes nearest to the network's."""
+    goal, found = forward_flops(network, size, tokens), []
+    for heads in range(2, 64):
+        m = MMDiTConfig(layers=max(2, 3 * heads // 2), heads=heads, head_dim=head_dim, context_dim=network.context_dim, pooled_dim=network.context_dim, base=size // 16, position_max=size // 16)
+        found.append((abs(math.log((flops := forward_flops(m, size, tokens)) / goal)), heads, m))
+        if flops > goal:
+            break
+    return min(found)[2]
 
 
 def train(a, device):
