@@ -193,7 +193,8 @@ def sample(a, device):
                 total = seconds(lambda: generate(net, ae, prompts * batch, range(batch), config["data"]["size"], **settings(config), batch=batch), device)
             taken.append((total, text.spent + keys.spent, unet.spent, dec.spent))
         total, *parts = (statistics.median(x) / batch for x in zip(*taken[3:]))
-        rows.append({"what": f"assets/fast, {config['data']['size']} px, {batch} at once, {len(settings(config)['steps']) - 1} steps", "s": total, "text": parts[0], "unet": parts[1], "decoder": parts[2], "outside": 1 - sum(parts) / total})
+        rows.append({"what": f"assets/fast, {config['data']['size']} px, {batch} at once, {len(settings(config)['steps']) - 1} steps", "s": total, "text": parts[0], "unet": parts[1], "decoder": parts[2],
+                     "outside": statistics.median(1 - sum(inside) / t for t, *inside in taken[3:])})
     big, size, reads = Runner(denoisers(["ours"])["ours"], 256, device, dtype=a.dtype).net, 256, lambda L: torch.randn(1, L, 2304, device=device, dtype=a.dtype)
     x, states = torch.randn(1, 16, size // 8, size // 8, device=device, dtype=a.dtype), Text(reads(333), torch.ones(1, 333, dtype=torch.bool, device=device))
     class Anew:                                             # the same network without its keys_values()
