@@ -346,7 +346,7 @@ def main(argv):
     p.add_argument("--size", type=int, default=1024, help="pixels")
     p.add_argument("--rounds", type=int, default=2, help="turns")
     p.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    p.add_argument("--nets", nargs="+", default=[], choices=("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "ours_small", "ours_plain", "taesd3", "dcae"), help="ours and these alone")
+    p.add_argument("--nets", nargs="+", default=[], choices=("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "ours_stripes", "ours_small", "taesd3", "dcae"), help="ours and these alone")
     p.add_argument("--bf16", action="store_true", help="all in bfloat16, not fp32")
     p.add_argument("--ablation", action="store_true", help="the paper's ladder at a small width")
     p.add_argument("--distillation", action="store_true", help="students with and without each part of distill.py")

@@ -1,7 +1,7 @@
 """The tiny decoder on large pictures, a few rows at a time: the same pixels, in a fraction of the memory.
 
 A GroupNorm's mean and deviation are of the whole picture, so a block takes two passes over it: one up to the norm, for these two numbers, and one from there on. What
-lies before the norm is either kept in between, 2 C channels of the map, or computed again: slower by a third, and then a stage's own map is all that is held.
+lies before the norm is either kept in between, 2 C channels of the map, or computed again, and then a stage's own map is all that is held. Slower than layer by layer (docs/BENCH.md): its products are smaller.
 
 C channels | H W rows, columns of a map | r rows of a stripe
 """
