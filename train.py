@@ -9,7 +9,7 @@ and at the end final/: the averaged weights in fp16, to ship.
 Every random draw is a function of the seed and the micro-batch's number in the whole run: no generator's state needs saving, a resumed run equals an
 uninterrupted one bit for bit on a CPU, and so many processes or so many accumulated micro-batches are the same training but for rounding.
 """
-import contextlib, hashlib, json, os, random, signal, sys, time
+import contextlib, hashlib, json, os, random, signal, sys, time, warnings
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -264,6 +264,7 @@ def train(cfg: Config, make_objective=FlowObjective):
     if cfg.compile and not sharded:
         net.compile()                                           # in place: the names of its weights stay
     if world > 1 and not sharded:
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")      # a convolution's few, in channels_last: DDP copies them
         run = nn.parallel.DistributedDataParallel(objective, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
     stop = []
     signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
