@@ -3,12 +3,14 @@
 Muon (Keller Jordan et al. 2024, MIT licence) replaces the gradient's momentum M by the nearest matrix with orthonormal rows or columns, so that
 all directions of a weight learn at one pace. After equal steps of short runs its loss is clearly lower than AdamW's (LOG.md).
 """
-import contextlib
+import contextlib, functools
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
 from torch.distributed.tensor import DTensor
+
+from common import use_bfloat16
 
 
 def rows(x):
@@ -16,10 +18,16 @@ def rows(x):
     return x.to_local() if isinstance(x, DTensor) else x
 
 
+@functools.cache                                                     # by device
+def precision(device) -> torch.dtype:
+    """Of Newton-Schulz: bfloat16 where the device computes in it; where a CPU only imitates it, that takes 20 times as long as fp32 (LOG.md)."""
+    return torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
+
+
 @torch.no_grad()
 def orthogonalise(M):
-    """(m, n) -> about U V^T of its singular value decomposition, by five Newton-Schulz steps in bfloat16 (Jordan's coefficients)."""
-    X, tall = M.bfloat16() / (M.norm() + 1e-7), M.shape[0] > M.shape[1]
+    """(m, n) -> about U V^T of its singular value decomposition, by five Newton-Schulz steps (Jordan's coefficients)."""
+    X, tall = M.to(precision(M.device)) / (M.norm() + 1e-7), M.shape[0] > M.shape[1]
     if tall:
         X = X.T.contiguous()
     for _ in range(5):
@@ -36,7 +44,7 @@ def orthogonalise_all(grads):
     for r in range(world):
         indices, sizes = order[r::world], [grads[i].numel() for i in order[r::world]]
         if world > 1:
-            flat = torch.cat([mine[i].flatten() for i in indices]) if r == rank else torch.empty(sum(sizes), dtype=torch.bfloat16, device=grads[0].device)
+            flat = torch.cat([mine[i].flatten() for i in indices]) if r == rank else torch.empty(sum(sizes), dtype=precision(grads[0].device), device=grads[0].device)
             dist.broadcast(flat.view(torch.uint8), r)       # as bytes: not every backend knows bfloat16
             mine |= {i: part.view_as(grads[i]) for i, part in zip(indices, flat.split(sizes))}
         for i in indices:
