@@ -388,7 +388,7 @@ def distil(cfg: Config):
     elif main:
         small = {k: v.half() for k, v in {**net.state_dict(), **ema.state_dict()}.items()}      # fp16, to ship
         save_checkpoint(out / "final", {"model": small}, {**asdict(cfg), "step": step, "few_steps": few}, latest=False)
-        print(f"done: {out}/samples_{step:07d}.png, {out}/health.png; try `python sample.py \"a red car\" --ckpt {out}`")
+        print(f"done: {out}/final" + ("" if stop else f", samples_{step:07d}.png, health.png") + f"; try `python sample.py \"a red car\" --ckpt {out}`")
 
 
 def dry_run(cfg: Config) -> dict:

@@ -49,7 +49,7 @@ def seconds(f, device) -> float:
 
 
 def machine(device, dtype=torch.float32) -> tuple[float, float]:
-    """What it reaches at its best of three: FLOP/s of a matrix product, bytes/s of a copy (read and written)."""
+    """What it reaches at its best of four: FLOP/s of a matrix product, bytes/s of a copy (read and written)."""
     n = 8192 if device.type == "cuda" else 2048
     a, b = torch.randn(n, n, device=device, dtype=dtype), torch.empty(2**26, device=device)
     c = torch.ones_like(b)
@@ -147,16 +147,9 @@ def race(specs: dict[str, Net], size: int, device, rounds: int, dtype) -> list[d
 
 
 # ---------------------------------------------------------------------------- subjects: each returns what its JSON file holds
-def unet(a, device):
-    return {"size": a.size, "rows": race(pick(denoisers(a.nets), a.nets), a.size, device, a.rounds, a.dtype)}
-
-
-def decoder(a, device):
-    return {"size": a.size, "rows": race(pick(decoders(a.nets), a.nets), a.size, device, a.rounds, a.dtype)}
-
-
-def pick(specs: dict, wanted) -> dict:
-    return {k: v for k, v in specs.items() if not wanted or k in wanted or k == "ours"}
+def networks(make):
+    """denoisers or decoders, raced."""
+    return lambda a, device: {"size": a.size, "rows": race({k: v for k, v in make(a.nets).items() if not a.nets or k in a.nets or k == "ours"}, a.size, device, a.rounds, a.dtype)}
 
 
 class Stopwatch:
@@ -195,8 +188,8 @@ def sample(a, device):
         total, *parts = (statistics.median(x) / batch for x in zip(*taken[3:]))
         rows.append({"what": f"assets/fast, {config['data']['size']} px, {batch} at once, {len(settings(config)['steps']) - 1} steps", "s": total, "text": parts[0], "unet": parts[1], "decoder": parts[2],
                      "outside": statistics.median(1 - sum(inside) / t for t, *inside in taken[3:])})
-    big, size, reads = Runner(denoisers(["ours"])["ours"], 256, device, dtype=a.dtype).net, 256, lambda L: torch.randn(1, L, 2304, device=device, dtype=a.dtype)
-    x, states = torch.randn(1, 16, size // 8, size // 8, device=device, dtype=a.dtype), Text(reads(333), torch.ones(1, 333, dtype=torch.bool, device=device))
+    big, size, emb = Runner(denoisers(["ours"])["ours"], 256, device, dtype=a.dtype).net, 256, torch.randn(1, 333, 2304, device=device, dtype=a.dtype)
+    x, states = torch.randn(1, 16, size // 8, size // 8, device=device, dtype=a.dtype), Text(emb, torch.ones(1, 333, dtype=torch.bool, device=device))
     class Anew:                                             # the same network without its keys_values()
         __call__ = lambda self, *args: big(*args)
     ways = {name: lambda net=net: euler(guided(net, states, states, 4.0), x, times(4, 3.0)) for name, net in (("once", big), ("anew", Anew()))}
@@ -316,24 +309,15 @@ def unet_seconds(a, rounds: int = 8):
     for batch in (1, 16):
         taken = [[] for _ in models]
         for k in range(rounds):
-            for (net, config), seconds in zip(models, taken):
-                net, inner, spent = net.to(device), net.denoiser.forward, []
-
-                def timed(*args, **kw):
-                    begin = time.perf_counter()
-                    out = inner(*args, **kw)
-                    out.flatten()[0].item()                 # waits for the device
-                    spent.append(time.perf_counter() - begin)
-                    return out
-                net.denoiser.forward = timed
-                generate(net, None, ["a red car"] * batch, range(k * batch, (k + 1) * batch), config["data"]["size"], **settings(config), batch=batch)
-                net.denoiser.forward = inner
-                seconds += [sum(spent)] if k else []
+            for (net, config), spent in zip(models, taken):
+                with Stopwatch(net.to(device).denoiser, "forward", device) as unet:
+                    generate(net, None, ["a red car"] * batch, range(k * batch, (k + 1) * batch), config["data"]["size"], **settings(config), batch=batch)
+                spent += [unet.spent] if k else []
         medians = [statistics.median(x) / batch for x in taken]
         print(f"{batch:2} at a time: " + ", ".join(f"{path} {1e3 * m:.1f} ms a picture" for path, m in zip(a.few, medians)) + f", {medians[0] / medians[1]:.1f} x")
 
 
-SUBJECTS = {"unet": unet, "decoder": decoder, "sample": sample, "train": train, "data": data, "scaling": scaling}
+SUBJECTS = {"unet": networks(denoisers), "decoder": networks(decoders), "sample": sample, "train": train, "data": data, "scaling": scaling}
 
 
 def main(argv):
@@ -346,7 +330,7 @@ def main(argv):
     p.add_argument("--size", type=int, default=1024, help="pixels")
     p.add_argument("--rounds", type=int, default=2, help="turns")
     p.add_argument("--threads", type=int, default=0, help="0: PyTorch's choice")
-    p.add_argument("--nets", nargs="+", default=[], choices=("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "ours_stripes", "ours_small", "taesd3", "dcae"), help="ours and these alone")
+    p.add_argument("--nets", nargs="+", default=[], choices=("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "ours_small", "taesd3", "dcae"), help="ours and these alone")
     p.add_argument("--bf16", action="store_true", help="all in bfloat16, not fp32")
     p.add_argument("--ablation", action="store_true", help="the paper's ladder at a small width")
     p.add_argument("--distillation", action="store_true", help="students with and without each part of distill.py")

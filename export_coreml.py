@@ -32,6 +32,7 @@ from common import ROOT, UserError, friendly, keep_memory_mapped, peak_memory
 from coreml_check import ct
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from model import PRESETS, UNet, count_params
+from results import coreml_page
 from sample import Bundle, euler, generate, load_model, settings, times
 from text import VOCABULARY, encoding, tokenize
 
@@ -347,21 +348,7 @@ def picture_gate(a, bundle: Path, manifest) -> list[str]:
     return failed
 
 
-# ---------------------------------------------------------------------------- docs/COREML.md
-WHY = {
-    "W1": "latents and pictures arrive as they are; one tensor a step, the waste is microseconds (and gone at 32 latent columns and more)",
-    "W2": "`timestep` and `input_ids` stay fp32: fp16 holds neither t = 0.999 nor 1000 token ids well; a few values",
-    "W3": "the embedding's look-up, on the CPU, once a picture",
-    "W5": "the text has 77 tokens (--tokens 96 pads), or a latent row has fewer than 32 columns at this size",
-    "W7": "a column of per-channel values",
-    "W12": "the picture's three channels: the last convolution",
-    "W13": "compress it (--bits 8 or 6), or keep it for Macs",
-    "W14": "self-attention's keys, turned once a layer for all heads (128 kB)",
-    "W15": "into a transformer and out of it, the image becomes a row of tokens: two copies a transformer",
-    "W17": "scores of one head at this size; --attention split512 cuts queries",
-    "I2": "the island of sinusoids and token ids: CPU, tiny, exact",
-    "I4": "compiled once on the device; --attention matmul has fewer ops",
-}
+# ---------------------------------------------------------------------------- docs/COREML.md, which results.py words
 BUNDLES = {"scenes": [], "scenes-8": ["--bits", "8"], "scenes-6": ["--bits", "6"], "scenes-4": ["--bits", "4"], "t2i": ["--random", "t2i", "--size", "1024"]}
 
 
@@ -378,56 +365,7 @@ def report(a):
             if subprocess.run([sys.executable, str(ROOT / "evaluate.py"), "--coreml", str(work / name), "--prompts", "20", "--each", "1"]).returncode:
                 raise UserError(f"{name} could not be scored: the message is above")
     scores = {n: json.loads((work / n / "score.json").read_text()) for n in m if n != "t2i"}
-    rows = [(n, p, r) for n in ("scenes", "t2i") for p, r in m[n]["parts"].items()]
-    table = lambda head, lines: "\n".join(["| " + " | ".join(head) + " |", "|" + "---|" * len(head)] + ["| " + " | ".join(map(str, l)) + " |" for l in lines]) + "\n"
-    spread = lambda v: f"{v[0]:.1f} to {v[1]:.1f}"
-    size = lambda b: sum(r["bytes"] for r in m[b]["parts"].values()) / 1e6
-    u, d = m["t2i"]["parts"]["Unet"]["estimate_ms"], m["t2i"]["parts"]["VAEDecoder"]["estimate_ms"]
-    first = m["scenes"]["sizes"][0]
-    text = f"""**Nothing here was measured on a phone or a Mac: files were made and executed op by op on a Linux CPU, and latencies are estimates.**
-
-# The Core ML bundle, as exported
-
-Made by `python export_coreml.py --report {a.report}` (commits {", ".join(sorted({x["git"] for x in m.values()}))}; torch {m["t2i"]["tools"]["torch"]}, coremltools {m["t2i"]["tools"]["coremltools"]}, one CPU
-thread on a shared machine: seconds are upper bounds). `scenes` is what ships, {first} px; `t2i` the paper's UNet and decoder at {m["t2i"]["sizes"][0]} px with random weights. There the layers that
-start at zero were perturbed (std 0.3 / sqrt(fan-in)), and all gains and biases too (0.1): else the output would be zero and prove nothing.
-
-## Beside the article's numbers
-
-{table(["1024 px", "estimate, not measured: A17 Pro", "A18 Pro", "measured by Snap"], [
-    ["UNet, a step (ms)", spread(u["A17 Pro"]), spread(u["A18 Pro"]), "274 (iPhone 16 Pro Max)"], ["decoder (ms)", spread(d["A17 Pro"]), spread(d["A18 Pro"]), "174 (iPhone 15 Pro), about 120 (16 Pro Max)"],
-    ["4 steps and decoder (s)", *[f"{(4 * u[c][0] + d[c][0]) / 1000:.2f} to {(4 * u[c][1] + d[c][1]) / 1000:.2f}" for c in u], "about 1.4, text encoders included (16 Pro Max)"]])}
-From: pointwise ops fused into their neighbours; to: none fused. A roofline of {check.EFFICIENCY:.0%} of 17.5 TFLOPS and of the memory's bandwidth, +-40 %; it ranks variants, it promises nothing.
-
-## Gates
-
-{table(["bundle", "package", "M parameters", "MB", "ops", "GFLOP", "form dB", "graph dB", "numerics dB", "largest activation", "lint errors", "convert s", "execute s, fp32 / fp16", "peak GiB"], [
-    [n, p, f"{r['params'] / 1e6:.2f}", f"{r['bytes'] / 1e6:.1f}", r["ops"], f"{r['gflop']:.2f}", *(f"{r[k]:.1f}" for k in GATES), f"{r['largest']:.0f}", r["lint"]["errors"], f"{r['convert_s']:.0f}",
-     f"{r['fp32_s']:.1f} / {r['fp16_s']:.1f}", f"{r['peak_gib']:.1f}"] for n, p, r in rows])}
-form: the Neural Engine's form against the training form, fp32. graph: the saved file executed in fp32 against PyTorch with fp16-rounded weights. numerics: every result rounded to fp16, against
-the training form. (200 dB: identical; 10000 is the mask.) Pictures of {first} px from the files against PyTorch's: {m["scenes"][f"picture_db_{first}"]:.1f} dB ({len(PROMPTS)} prompts, 28 steps, guidance 4).
-All of `scenes` took {m["scenes"]["seconds"]:.0f} s, all of `t2i` {m["t2i"]["seconds"]:.0f} s.
-
-## Compression
-
-{table(["bits", "MB", "text encoder dB", "UNet dB", f"picture dB", "score on scenes (95 %)"], [[b, f"{size(n):.1f}", *(f"{m[n]['parts'][p].get('numerics_compressed', m[n]['parts'][p]['numerics']):.1f}" for p in ("TextEncoder", "Unet")),
-    f"{m[n][f'picture_db_{first}']:.1f}", "{score:.3f} ({low:.3f} to {high:.3f})".format(**scores[n]["scores"]["mean"])] for b, n in ((16, "scenes"), (8, "scenes-8"), (6, "scenes-6"), (4, "scenes-4"))])}
-16: fp16. 8: int8 per output channel. 6, 4: palettes of one tensor each (k-means). The decoder stays fp16. A picture's decibels fall fast, since sampling amplifies: a low number can be another good picture.
-The score is `python evaluate.py --coreml BUNDLE --prompts 20 --each 1`: 120 pictures from the files, executed op by op; the whole test of the PyTorch model is in `docs/RESULTS.md`.
-
-## Lint: what is left
-
-{table(["rule", "where", "times", "first", "why it stays"], [[r, f"{n} {p}", c, row["lint"]["first"][r].replace("|", "/"), WHY.get(r, "")] for n, p, row in rows for r, c in row["lint"]["rules"].items()])}
-Errors: none. Sources by name in `coreml_check.py`.
-
-## Ops
-
-{table(["bundle", "package", "ops"], [[n, p, " ".join(f"{k} {c}" for k, c in r["histogram"].items())] for n, p, r in rows])}
-The ten slowest by the estimate (A17 Pro):
-
-{table(["package", "ms", "op", "output", "GFLOP", "MB from memory", "name"], [[p, f"{1000 * s:.2f}", kind, "x".join(map(str, shape)), f"{gf:.2f}", f"{mb:.1f}", name]
-    for p in ("Unet", "VAEDecoder") for s, kind, name, shape, gf, mb in m["t2i"]["parts"][p]["top"]])}"""
-    Path(a.report).write_text(text)
+    Path(a.report).write_text(coreml_page(m, scores, a.report))
     print(f"{a.report}: written")
 
 

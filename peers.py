@@ -7,6 +7,7 @@ from typing import Callable
 
 import torch
 
+import stripes
 from common import UserError
 from decoder import AutoencoderConfig, tiny_decoder
 from model import PRESETS, UNet
@@ -65,11 +66,9 @@ def denoisers(wanted=()) -> dict[str, Net]:
 
 
 def decoders(wanted=()) -> dict[str, Net]:
-    import stripes
     z = lambda C, f: lambda size, B: (torch.randn(B, C, size // f, size // f),)
     ours = Net("tiny decoder (ours)", lambda: tiny_decoder(AutoencoderConfig()), z(16, 8))
-    nets = {"ours": ours, "ours_stripes": replace(ours, name="the same in stripes", call=lambda net, z: stripes.decode(net, z)),
-            "ours_small": replace(ours, name="in stripes, hidden rows twice (--low-memory)", call=lambda net, z: stripes.decode(net, z, keep=False))}
+    nets = {"ours": ours, "ours_small": replace(ours, name="the same in stripes (--low-memory)", call=stripes.decode)}
     if wanted and all(w.startswith("ours") for w in wanted):
         return nets
     try:

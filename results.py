@@ -129,14 +129,14 @@ def goals(found: dict) -> list[tuple]:
     goal = lambda what, value, least, why, show=lambda v: f"{v:.2f} x": out.append((what, f"at least {show(least)}", show(value), "reached" if value >= least else f"missed: {why}"))
     u, d = rows.get("unet", {}), rows.get("decoder", {})
     if "sdxl" in u:
-        goal("UNet: faster than SDXL's", u["sdxl"]["ratio"], 5.0, f"its work is {u['sdxl']['flops'] / u['ours']['flops']:.2f} x ours (77 tokens to read for our 333), its dense convolutions run at {u['sdxl']['share']:.0%} of the machine's own matrix product, ours at {u['ours']['share']:.0%}: all of that would be no more than that ratio")
+        goal("UNet: faster than SDXL's", u["sdxl"]["ratio"], 5.0, f"its work is {u['sdxl']['flops'] / u['ours']['flops']:.2f} x ours (77 tokens to read for our 333), so that is the most where both run at one share of the machine's own matrix product: SDXL's runs at {u['sdxl']['share']:.0%}, ours at {u['ours']['share']:.0%}")
     if "dreamlite" in u:
         o, p = u["ours"], u["dreamlite"]
         goal("UNet: GFLOP/s over DreamLite's", p["ratio"] * o["flops"] / p["flops"], 1.15,
              f"both are matrix products by the same library: DreamLite's runs at {p['share']:.0%} of the machine's own, so {1 / p['share']:.2f} x would be all of it; ours is at {o['share']:.0%}")
     if "sd3" in d:
         goal("decoder: faster than SD3's", d["sd3"]["ratio"], 25.0, f"its work is {d['sd3']['flops'] / d['ours']['flops']:.1f} x ours, but dense 3x3 convolutions reach {d['sd3']['share']:.0%} of the peak, thin 1x1 ones {d['ours']['share']:.0%}")
-        for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), ("ours_stripes", "decoder in stripes: memory under SD3's", 4.0), ("ours_small", "decoder with --low-memory: memory under SD3's", 10.0)):
+        for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), ("ours_small", "decoder with --low-memory: memory under SD3's", 10.0)):
             goal(name, d["sd3"]["peak"] / d[key]["peak"], share, "a block's hidden map, 128 channels at full resolution, is 0.5 GiB, and a layer reads one and writes one; in stripes it takes less")
     if "taesd3" in d:
         o, p = d["ours"], d["taesd3"]
@@ -197,6 +197,77 @@ def cost_plot(found: dict, out):
     lines = lambda key: [([(r["size"], r[key]) for r in found["rows"] if r["net"] == net and r["batch"] == 1], c) for net, c in colours.items()]
     note = "blue: 379 M UNet, orange: decoder, green: in stripes for memory"
     plots.side_by_side([plots.chart(lines("s"), f"seconds to 1024 px; {note}", 480, 320), plots.chart([([(x, y / GiB) for x, y in line], c) for line, c in lines("peak")], "GiB to 1024 px", 480, 320)], out)
+
+
+# ---------------------------------------------------------------------------- docs/COREML.md, for export_coreml.py
+WHY = {
+    "W1": "latents and pictures arrive as they are; one tensor a step, the waste is microseconds (and gone at 32 latent columns and more)",
+    "W2": "`timestep` and `input_ids` stay fp32: fp16 holds neither t = 0.999 nor 1000 token ids well; a few values",
+    "W3": "the embedding's look-up, on the CPU, once a picture",
+    "W5": "the text has 77 tokens (--tokens 96 pads), or a latent row has fewer than 32 columns at this size",
+    "W7": "a column of per-channel values",
+    "W12": "the picture's three channels: the last convolution",
+    "W13": "compress it (--bits 8 or 6), or keep it for Macs",
+    "W14": "self-attention's keys, turned once a layer for all heads (128 kB)",
+    "W15": "into a transformer and out of it, the image becomes a row of tokens: two copies a transformer",
+    "W17": "scores of one head at this size; --attention split512 cuts queries",
+    "I2": "the island of sinusoids and token ids: CPU, tiny, exact",
+    "I4": "compiled once on the device; --attention matmul has fewer ops",
+}
+
+
+def coreml_page(m: dict, scores: dict, where) -> str:
+    """From the bundles' manifests and scores, {name: ..}."""
+    from coreml_check import EFFICIENCY                     # imports coremltools: seconds
+    rows = [(n, p, r) for n in ("scenes", "t2i") for p, r in m[n]["parts"].items()]
+    cells = lambda head, lines: table(head, lines) + "\n"     # a blank line behind it
+    spread = lambda v: f"{v[0]:.1f} to {v[1]:.1f}"
+    size = lambda b: sum(r["bytes"] for r in m[b]["parts"].values()) / 1e6
+    u, d = m["t2i"]["parts"]["Unet"]["estimate_ms"], m["t2i"]["parts"]["VAEDecoder"]["estimate_ms"]
+    first = m["scenes"]["sizes"][0]
+    return f"""**Nothing here was measured on a phone or a Mac: files were made and executed op by op on a Linux CPU, and latencies are estimates.**
+
+# The Core ML bundle, as exported
+
+Made by `python export_coreml.py --report {where}` (commits {", ".join(sorted({x["git"] for x in m.values()}))}; torch {m["t2i"]["tools"]["torch"]}, coremltools {m["t2i"]["tools"]["coremltools"]}, one CPU
+thread on a shared machine: seconds are upper bounds). `scenes` is what ships, {first} px; `t2i` the paper's UNet and decoder at {m["t2i"]["sizes"][0]} px with random weights. There the layers that
+start at zero were perturbed (std 0.3 / sqrt(fan-in)), and all gains and biases too (0.1): else the output would be zero and prove nothing.
+
+## Beside the article's numbers
+
+{cells(["1024 px", "estimate, not measured: A17 Pro", "A18 Pro", "measured by Snap"], [
+    ["UNet, a step (ms)", spread(u["A17 Pro"]), spread(u["A18 Pro"]), "274 (iPhone 16 Pro Max)"], ["decoder (ms)", spread(d["A17 Pro"]), spread(d["A18 Pro"]), "174 (iPhone 15 Pro), about 120 (16 Pro Max)"],
+    ["4 steps and decoder (s)", *[f"{(4 * u[c][0] + d[c][0]) / 1000:.2f} to {(4 * u[c][1] + d[c][1]) / 1000:.2f}" for c in u], "about 1.4, text encoders included (16 Pro Max)"]])}
+From: pointwise ops fused into their neighbours; to: none fused. A roofline of {EFFICIENCY:.0%} of 17.5 TFLOPS and of the memory's bandwidth, +-40 %; it ranks variants, it promises nothing.
+
+## Gates
+
+{cells(["bundle", "package", "M parameters", "MB", "ops", "GFLOP", "form dB", "graph dB", "numerics dB", "largest activation", "lint errors", "convert s", "execute s, fp32 / fp16", "peak GiB"], [
+    [n, p, f"{r['params'] / 1e6:.2f}", f"{r['bytes'] / 1e6:.1f}", r["ops"], f"{r['gflop']:.2f}", *(f"{r[k]:.1f}" for k in ("form", "graph", "numerics")), f"{r['largest']:.0f}", r["lint"]["errors"], f"{r['convert_s']:.0f}",
+     f"{r['fp32_s']:.1f} / {r['fp16_s']:.1f}", f"{r['peak_gib']:.1f}"] for n, p, r in rows])}
+form: the Neural Engine's form against the training form, fp32. graph: the saved file executed in fp32 against PyTorch with fp16-rounded weights. numerics: every result rounded to fp16, against
+the training form. (200 dB: identical; 10000 is the mask.) Pictures of {first} px from the files against PyTorch's: {m["scenes"][f"picture_db_{first}"]:.1f} dB (4 prompts, 28 steps, guidance 4).
+All of `scenes` took {m["scenes"]["seconds"]:.0f} s, all of `t2i` {m["t2i"]["seconds"]:.0f} s.
+
+## Compression
+
+{cells(["bits", "MB", "text encoder dB", "UNet dB", f"picture dB", "score on scenes (95 %)"], [[b, f"{size(n):.1f}", *(f"{m[n]['parts'][p].get('numerics_compressed', m[n]['parts'][p]['numerics']):.1f}" for p in ("TextEncoder", "Unet")),
+    f"{m[n][f'picture_db_{first}']:.1f}", "{score:.3f} ({low:.3f} to {high:.3f})".format(**scores[n]["scores"]["mean"])] for b, n in ((16, "scenes"), (8, "scenes-8"), (6, "scenes-6"), (4, "scenes-4"))])}
+16: fp16. 8: int8 per output channel. 6, 4: palettes of one tensor each (k-means). The decoder stays fp16. A picture's decibels fall fast, since sampling amplifies: a low number can be another good picture.
+The score is `python evaluate.py --coreml BUNDLE --prompts 20 --each 1`: 120 pictures from the files, executed op by op; the whole test of the PyTorch model is in `docs/RESULTS.md`.
+
+## Lint: what is left
+
+{cells(["rule", "where", "times", "first", "why it stays"], [[r, f"{n} {p}", c, row["lint"]["first"][r].replace("|", "/"), WHY.get(r, "")] for n, p, row in rows for r, c in row["lint"]["rules"].items()])}
+Errors: none. Sources by name in `coreml_check.py`.
+
+## Ops
+
+{cells(["bundle", "package", "ops"], [[n, p, " ".join(f"{k} {c}" for k, c in r["histogram"].items())] for n, p, r in rows])}
+The ten slowest by the estimate (A17 Pro):
+
+{cells(["package", "ms", "op", "output", "GFLOP", "MB from memory", "name"], [[p, f"{1000 * s:.2f}", kind, "x".join(map(str, shape)), f"{gf:.2f}", f"{mb:.1f}", name]
+    for p in ("Unet", "VAEDecoder") for s, kind, name, shape, gf, mb in m["t2i"]["parts"][p]["top"]])}"""
 
 
 if __name__ == "__main__":

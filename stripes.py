@@ -1,7 +1,7 @@
 """The tiny decoder on large pictures, a few rows at a time: the same pixels, in a fraction of the memory.
 
-A GroupNorm's mean and deviation are of the whole picture, so a block takes two passes over it: one up to the norm, for these two numbers, and one from there on. What
-lies before the norm is either kept in between, 2 C channels of the map, or computed again, and then a stage's own map is all that is held. Slower than layer by layer (docs/BENCH.md): its products are smaller.
+A GroupNorm's mean and deviation are of the whole picture, so a block takes two passes over it: one up to the norm, for these two numbers, and one to the end. What lies before
+the norm is computed twice, so that a stage's own map is all that is held. Slower than layer by layer (docs/BENCH.md).
 
 C channels | H W rows, columns of a map | r rows of a stripe
 """
@@ -63,21 +63,19 @@ def hidden(body, x, r):
         yield a, b, depthwise(middle, h)
 
 
-def block(layer, x, r: int, keep: bool):
+def block(layer, x, r: int):
     """decoder.TinyBlock on x (1, C, H, W), in place."""
     _, _, norm, act, down = layer.body
-    moments, store = Moments(norm), empty(x, norm.num_channels, *x.shape[2:]) if keep else None
-    for a, b, h in hidden(layer.body, x, r):
+    moments = Moments(norm)
+    for _, _, h in hidden(layer.body, x, r):
         moments.add(h)
-        if keep:
-            store[:, :, a:b] = h
-    for a, b, h in ((a, a + r, store[:, :, a:a + r]) for a in range(0, x.shape[2], r)) if keep else hidden(layer.body, x, r):
+    for a, b, h in hidden(layer.body, x, r):
         x[:, :, a:b].add_(pointwise(down, act(moments.normalise(h))))
 
 
-def decode(layers: nn.Sequential, z, r: int = 0, keep: bool = True):
+def decode(layers: nn.Sequential, z, r: int = 0):
     """What layers(z) is to rounding, without gradients: the tiny decoder's latents (1, C, h, w) -> (1, 3, 8h, 8w).
-    r: rows of a stripe; 0: such that a stripe fits into a CPU's cache. keep: faster; without it a third of the memory."""
+    r: rows of a stripe; 0: such that a stripe fits into a CPU's cache."""
     x, layers = z.contiguous(memory_format=torch.channels_last), list(layers)
     height = lambda C, W: r or max(4, 2**20 // (C * W))
 
@@ -114,5 +112,5 @@ def decode(layers: nn.Sequential, z, r: int = 0, keep: bool = True):
             make = lambda a, b: pointwise(layer[1], depthwise(layer[0], rows(x, a - 1, b + 1)))
             x = mapped(make, layer[1].out_channels, H, W, height(x.shape[1], W))
         else:
-            block(layer, x, height(2 * x.shape[1], W), keep)
+            block(layer, x, height(2 * x.shape[1], W))
     return x

@@ -351,7 +351,7 @@ def train(cfg: Config, make_objective=FlowObjective):
             frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:] + frames[-1:] * 4, duration=500, loop=0)
         small = {k: v.half() for k, v in final.items()}         # fp16, to ship
         save_checkpoint(out / "final", {"model": small}, {**asdict(cfg), "step": step}, latest=False)
-        print(f"done: {out}/samples_{step:07d}.png, {out}/loss.png; try `python sample.py \"a red car\" --ckpt {out}`")
+        print(f"done: {out}/final" + ("" if stop else f", samples_{step:07d}.png, loss.png") + f"; try `python sample.py \"a red car\" --ckpt {out}`")
 
 
 if __name__ == "__main__":
