@@ -23,13 +23,12 @@ from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from optim import Muon
 from peers import Net, decoders, denoisers
-from plan import forward_flops, training_flops
+from plan import GiB, forward_flops, training_flops
 from results import bench_page, cost_plot
 from sample import TextToLatents, chosen, euler, generate, guided, load_model, settings, times
 from text import Text, tokenize
 from train import Batches, Config, FlowObjective
 
-GiB = 2**30
 H200 = 989e12               # FLOP/s in bfloat16, its data sheet
 
 

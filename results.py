@@ -18,8 +18,7 @@ from common import ROOT, UserError, friendly
 from data import CATEGORIES
 from decoder import AutoencoderConfig, tiny_decoder
 from model import SHEET, count_params
-
-GiB = 2**30
+from plan import GiB
 
 # The paper's own numbers and its rivals' (paper.md, section 7): GenEval in the order of CATEGORIES, the mean, DPG-Bench
 GENEVAL = {"SnapGen (paper), 0.38 B": (1.00, .84, .60, .88, .18, .45, .66, 81.1), "SDXL, 2.6 B": (.98, .74, .39, .85, .15, .23, .55, 74.7),
