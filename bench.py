@@ -125,23 +125,18 @@ class Runner:
 def race(specs: dict[str, Net], size: int, device, rounds: int, dtype) -> list[dict]:
     """A row for each: ours by itself, each peer in turns with ours."""
     first, *others = specs
-    ours, rows, peaks, bands = Runner(specs[first], size, device, dtype=dtype), [], [], []
+    ours, rows = Runner(specs[first], size, device, dtype=dtype), []
     for name in tqdm([first, *others], unit="network"):
-        peer, own, theirs = ours if name == first else Runner(specs[name], size, device, dtype=dtype), [], []
+        peer, own, theirs, limits = ours if name == first else Runner(specs[name], size, device, dtype=dtype), [], [], []
         for _ in range(rounds):
             own.append(seconds(ours.run, device))
             theirs.append(seconds(peer.run, device) if name != first else own[-1])
-            peak, band = machine(device, dtype)
-            peaks.append(peak)
-            bands.append(band)
-        work = Work(specs[name], size)
-        rows.append({"net": name, "name": specs[name].name, "params": work.params, "flops": work.flops, "bytes": work.bytes, "s": statistics.median(theirs), "ratio": statistics.median(theirs) / statistics.median(own),
-                     "peak": peer.peak, "layout": peer.layout})
+            limits.append(machine(device, dtype))
+        work, s, (peak, band) = Work(specs[name], size), statistics.median(theirs), map(statistics.median, zip(*limits))
+        rows.append({"net": name, "name": specs[name].name, "params": work.params, "flops": work.flops, "bytes": work.bytes, "s": s, "ratio": s / statistics.median(own), "peak": peer.peak, "layout": peer.layout,
+                     "rate": work.flops / s, "share": work.flops / s / peak, "floor": work.flops / peak, "floor_bytes": work.bytes / band, "peak_flops": peak, "bandwidth": band})
         peer = None
         gc.collect()
-    peak, band = statistics.median(peaks), statistics.median(bands)
-    for r in rows:
-        r |= {"rate": r["flops"] / r["s"], "share": r["flops"] / r["s"] / peak, "floor": r["flops"] / peak, "floor_bytes": r["bytes"] / band, "peak_flops": peak, "bandwidth": band}
     return rows
 
 

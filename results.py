@@ -135,7 +135,7 @@ def goals(found: dict) -> list[tuple]:
              f"both are matrix products by the same library: DreamLite's runs at {p['share']:.0%} of the machine's own, so {1 / p['share']:.2f} x would be all of it; ours is at {o['share']:.0%}")
     if "sd3" in d:
         goal("decoder: faster than SD3's", d["sd3"]["ratio"], 25.0, f"its work is {d['sd3']['flops'] / d['ours']['flops']:.1f} x ours, but dense 3x3 convolutions reach {d['sd3']['share']:.0%} of the peak, thin 1x1 ones {d['ours']['share']:.0%}")
-        for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), ("ours_small", "decoder with --low-memory: memory under SD3's", 10.0)):
+        for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), *([("ours_small", "decoder with --low-memory: memory under SD3's", 10.0)] if "ours_small" in d else [])):
             goal(name, d["sd3"]["peak"] / d[key]["peak"], share, "a block's hidden map, 128 channels at full resolution, is 0.5 GiB, and a layer reads one and writes one; in stripes it takes less")
     if "taesd3" in d:
         o, p = d["ours"], d["taesd3"]
@@ -155,14 +155,14 @@ def goals(found: dict) -> list[tuple]:
 def bench_page(folder: Path) -> str:
     found = {s: json.loads(f.read_text()) for s in ("unet", "decoder", "sample", "train", "data", "scaling") if (f := folder / f"bench_{s}.json").exists()}
     out = ["# What it costs", "Made by `python bench.py all` and `python bench.py --scaling`, from `docs/results/bench_*.json`. Random weights, one picture at a time if nothing else is said. "
-           "**x**: how many times the time of ours, both timed in turns. Share: of what the machine's matrix product reached in the same run. GiB: what the process grew by, weights included. "
+           "**x**: how many times the time of ours, both timed in turns. Share: of what the machine's matrix product reached just after (over 100 %: convolutions by oneDNN, the product by MKL, and noise). GiB: what the process grew by, weights included. "
            "Floor: the work at that peak | all modules' inputs, outputs and weights once at the speed of a copy."]
     if g := goals(found):
         out += ["## Aims", table(["what", "aim", "measured", ""], g)]
     for s, title in (("unet", "Denoisers: one evaluation"), ("decoder", "Decoders")):
         if s in found:
-            f, first = found[s], found[s]["rows"][0]
-            out += [f"## {title} at {f['size']} px", f"`python bench.py {s}`, {f['threads']} threads, {made(f)}. Matrix product {first['peak_flops'] / 1e9:.0f} GFLOP/s, copy {first['bandwidth'] / 1e9:.1f} GB/s.",
+            f, span = found[s], lambda key, rows=found[s]["rows"]: " to ".join(dict.fromkeys(f"{end(r[key] for r in rows) / 1e9:.0f}" for end in (min, max)))
+            out += [f"## {title} at {f['size']} px", f"`python bench.py {s}`, {f['threads']} threads, {made(f)}. Matrix product {span('peak_flops')} GFLOP/s, copy {span('bandwidth')} GB/s.",
                     table(["network", "M parameters", "GFLOP", "s", "x", "GFLOP/s", "share", "GiB", "layout", "floor s"], [
                         (r["name"], f"{r['params'] / 1e6:.2f}", f"{r['flops'] / 1e9:.0f}", f"{r['s']:.2f}", f"{r['ratio']:.2f}", f"{r['rate'] / 1e9:.0f}", f"{r['share']:.0%}", f"{r['peak'] / GiB:.2f}", r["layout"],
                          f"{r['floor']:.2f}, {r['floor_bytes']:.2f}") for r in f["rows"]])]
