@@ -36,11 +36,11 @@ def losses(csv_path, out):
 
 
 def side_by_side(charts, out):
-    """Two of 480 x 320; None stays white."""
-    image = Image.new("RGB", (960, 320), (255, 255, 255))
+    """Two of 480 x 320 in each row; None stays white."""
+    image = Image.new("RGB", (960, 320 * -(-len(charts) // 2)), (255, 255, 255))
     for k, c in enumerate(charts):
         if c:
-            image.paste(c, (480 * k, 0))
+            image.paste(c, (480 * (k % 2), 320 * (k // 2)))
     image.save(out)
 
 

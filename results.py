@@ -184,18 +184,23 @@ def bench_page(folder: Path) -> str:
                 f"would eat {f['eats']:.0f} at an MFU of {f['mfu']:.0%} (computed, not measured), and gather latents at the speed of its memory."]
     if "scaling" in found:
         f, of = found["scaling"], lambda *k: [r for r in found["scaling"]["rows"] if r["net"] in k]
-        out += ["## How cost grows", f"`python bench.py --scaling`, {f['threads']} threads, {made(f)}", "![time and memory against resolution](scaling_cost.png)",
+        out += ["## How cost grows", f"`python bench.py --scaling`, {f['threads']} threads, {made(f)}", "![time and memory against resolution, batch and steps](scaling_cost.png)",
                 table(["network", "px", "batch", "s", "GFLOP/s", "GiB"], [(r["net"], r["size"], r["batch"], f"{r['s']:.2f}", f"{r['flops'] / r['s'] / 1e9:.0f}", f"{r['peak'] / GiB:.2f}") for r in of("UNet", "decoder", "decoder, small")]),
                 "The shipped model, 64 px, guided, without decoding: " + ", ".join(f"{r['steps']} steps {1e3 * r['s']:.0f} ms" for r in of("shipped")) + "."]
     return "\n\n".join(out) + "\n"
 
 
 def cost_plot(found: dict, out):
-    """Left seconds, right GiB, against the picture's side."""
-    colours = {"UNet": (40, 90, 220), "decoder": (220, 110, 30), "decoder, small": (60, 150, 70)}
-    lines = lambda key: [([(r["size"], r[key]) for r in found["rows"] if r["net"] == net and r["batch"] == 1], c) for net, c in colours.items()]
-    note = "blue: 379 M UNet, orange: decoder, green: in stripes for memory"
-    plots.side_by_side([plots.chart(lines("s"), f"seconds to 1024 px; {note}", 480, 320), plots.chart([([(x, y / GiB) for x, y in line], c) for line, c in lines("peak")], "GiB to 1024 px", 480, 320)], out)
+    """Seconds and GiB against the picture's side, both against the batch, seconds against the steps."""
+    colours, rows = {"UNet": (40, 90, 220), "decoder": (220, 110, 30), "decoder, small": (60, 150, 70)}, found["rows"]
+    sides = lambda value: [([(r["size"], value(r)) for r in rows if r["net"] == net and r["batch"] == 1], c) for net, c in colours.items()]
+    batches = lambda value: [(r["batch"], value(r)) for r in rows if r["net"] == "UNet" and r["size"] == 256]
+    note = "blue: 379 M UNet, orange: decoder, green: --low-memory"
+    plots.side_by_side([plots.chart(lines, text, 480, 320) for lines, text in (
+        (sides(lambda r: r["s"]), f"seconds to 1024 px; {note}"),
+        (sides(lambda r: r["peak"] / GiB), "GiB to 1024 px"),
+        ([(batches(lambda r: r["s"] / r["batch"]), (40, 90, 220)), (batches(lambda r: r["peak"] / GiB), (150, 150, 150))], "UNet, 256 px, batch to 8: blue seconds a picture, grey GiB"),
+        ([([(r["steps"], r["s"]) for r in rows if r["net"] == "shipped"], (40, 90, 220))], "shipped model, 64 px, guided, to 28 steps: seconds"))], out)
 
 
 # ---------------------------------------------------------------------------- docs/COREML.md, for export_coreml.py
