@@ -134,7 +134,7 @@ def race(specs: dict[str, Net], size: int, device, rounds: int, dtype) -> list[d
             limits.append(machine(device, dtype))
         work, s, (peak, band) = Work(specs[name], size), statistics.median(theirs), map(statistics.median, zip(*limits))
         rows.append({"net": name, "name": specs[name].name, "params": work.params, "flops": work.flops, "bytes": work.bytes, "s": s, "ratio": s / statistics.median(own), "peak": peer.peak, "layout": peer.layout,
-                     "rate": work.flops / s, "share": work.flops / s / peak, "floor": work.flops / peak, "floor_bytes": work.bytes / band, "peak_flops": peak, "bandwidth": band})
+                     "peak_flops": peak, "bandwidth": band})
         peer = None
         gc.collect()
     return rows

@@ -201,12 +201,12 @@ def peak_memory(device: torch.device) -> float:
 
 
 def provenance(seed: int = 0) -> dict:
-    """What stands beside every measured figure: commit ("+" where files differ from it), machine, versions, date, seed."""
+    """What stands beside every measured figure: commit ("+" where files differ from it, docs/ aside), machine, versions, date, seed."""
     git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
         name = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    return {"commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")), "machine": f"{name}, {os.cpu_count()} CPU cores",
+    return {"commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", ":!docs")), "machine": f"{name}, {os.cpu_count()} CPU cores",
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
 

@@ -7,7 +7,7 @@ but what the paper reports.
     python decoder.py --test assets/ae docs/ae.png docs/results/ae.json
     python results.py                                                                          docs/RESULTS.md
 """
-import json, sys
+import json, statistics, sys
 from pathlib import Path
 
 import torch
@@ -122,6 +122,12 @@ def write(folder: Path) -> str:
 
 
 # ---------------------------------------------------------------------------- docs/BENCH.md, for bench.py
+def beside_machine(rows: list[dict]) -> list[dict]:
+    """Rows with their FLOP/s, the share of the matrix product's, and both floors in seconds. What the machine can do is the median over the whole run: it varies by 20 % within minutes."""
+    peak, band = (statistics.median(r[k] for r in rows) for k in ("peak_flops", "bandwidth"))
+    return [r | {"rate": r["flops"] / r["s"], "share": r["flops"] / r["s"] / peak, "floor": r["flops"] / peak, "floor_bytes": r["bytes"] / band} for r in rows]
+
+
 def goals(found: dict) -> list[tuple]:
     """What was aimed at (on a CPU), what was measured, and, where it was missed, the floor."""
     rows, out = {s: {r["net"]: r for r in d["rows"]} for s, d in found.items() if s in ("unet", "decoder")}, []
@@ -136,7 +142,7 @@ def goals(found: dict) -> list[tuple]:
     if "sd3" in d:
         goal("decoder: faster than SD3's", d["sd3"]["ratio"], 25.0, f"its work is {d['sd3']['flops'] / d['ours']['flops']:.1f} x ours, but dense 3x3 convolutions reach {d['sd3']['share']:.0%} of the peak, thin 1x1 ones {d['ours']['share']:.0%}")
         for key, name, share in (("ours", "decoder: memory under SD3's", 4.0), *([("ours_small", "decoder with --low-memory: memory under SD3's", 10.0)] if "ours_small" in d else [])):
-            goal(name, d["sd3"]["peak"] / d[key]["peak"], share, "a block's hidden map, 128 channels at full resolution, is 0.5 GiB, and a layer reads one and writes one; in stripes it takes less")
+            goal(name, d["sd3"]["peak"] / d[key]["peak"], share, "a block's hidden map, 128 channels at full resolution, is 0.5 GiB, a layer reads one and writes one, and the heap keeps what was freed, which is what makes it fast (LOG.md); --low-memory takes less")
     if "taesd3" in d:
         o, p = d["ours"], d["taesd3"]
         goal("decoder: faster than TAESD3", p["ratio"], 1.3, f"TAESD3 has {p['flops'] / o['flops']:.2f} x the work, all of it dense 3x3 convolutions at {p['share']:.0%} of the peak; ours are 1x1 over 64 to 512 channels, "
@@ -154,8 +160,11 @@ def goals(found: dict) -> list[tuple]:
 
 def bench_page(folder: Path) -> str:
     found = {s: json.loads(f.read_text()) for s in ("unet", "decoder", "sample", "train", "data", "scaling") if (f := folder / f"bench_{s}.json").exists()}
+    for s in ("unet", "decoder"):
+        if s in found:
+            found[s]["rows"] = beside_machine(found[s]["rows"])
     out = ["# What it costs", "Made by `python bench.py all` and `python bench.py --scaling`, from `docs/results/bench_*.json`. Random weights, one picture at a time if nothing else is said. "
-           "**x**: how many times the time of ours, both timed in turns. Share: of what the machine's matrix product reached just after (over 100 %: convolutions by oneDNN, the product by MKL, and noise). GiB: what the process grew by, weights included. "
+           "**x**: how many times the time of ours, both timed in turns. Share: of what the machine's matrix product reached in the same run, the median between all turns (over 100 %: oneDNN's convolutions against MKL's product, and noise). GiB: what the process grew by, weights included. "
            "Floor: the work at that peak | all modules' inputs, outputs and weights once at the speed of a copy."]
     if g := goals(found):
         out += ["## Aims", table(["what", "aim", "measured", ""], g)]
