@@ -350,6 +350,7 @@ def test_autoencoder_takes_any_multiple_of_8_and_learns_everywhere():
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in ae.parameters())
 
 
+@pytest.mark.slow
 def test_shipped_autoencoder_reaches_its_psnr_and_is_safe_in_fp16():
     ae, peak = decoder.load_autoencoder(), []
     hooks = [m.register_forward_hook(lambda m, i, o: peak.append(o.abs().max().item())) for m in ae.decoder.modules()]
@@ -381,6 +382,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.slow
 def test_decoder_resume_equals_uninterrupted(tmp_path, monkeypatch):
     monkeypatch.setattr(decoder, "psnr", lambda *a, **k: (0.0, [(np.zeros((8, 8, 3), np.uint8),) * 2]))
     ae = dict(autoencoder=tiny_ae().cfg)
@@ -536,6 +538,7 @@ def weights(out):
     return checkpoint.load_checkpoint(out, ("model", "ema", "optimizer"))[1]
 
 
+@pytest.mark.slow
 def test_resume_equals_uninterrupted_and_the_run_leaves_its_pictures(shared, tmp_path, monkeypatch):
     train.train(train_config(shared, tmp_path / "a", accumulate=2))
     for name in ("log.csv", "loss.png", "samples_0000004.png", "samples_0000008.png", "samples.gif"):
@@ -568,6 +571,7 @@ def test_a_step_with_nan_is_skipped_counted_and_named(shared, tmp_path, monkeypa
         train.train(train_config(shared, tmp_path / "b", steps=60))
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves(shared, tmp_path):
     code = (f"import sys; sys.path.insert(0, {str(ROOT)!r}); import test_all as t, train, pathlib; s = pathlib.Path({str(shared)!r})\n"
             f"train.train(t.train_config(s, {str(tmp_path / 'a')!r}, steps=100000, eval_every=100000))")
@@ -598,6 +602,7 @@ def test_two_processes_train_as_one_and_leave_together(shared, tmp_path):
 SMALL_MMDIT = dict(layers=2, heads=2, head_dim=16, context_dim=32, pooled_dim=32, base=8, position_max=8)
 
 
+@pytest.mark.slow
 def test_an_mmdit_trains_resumes_and_samples(shared, tmp_path, monkeypatch):
     config = lambda out, **kw: train_config(shared, out, arch="mmdit", mmdit=mmdit.MMDiTConfig(**SMALL_MMDIT), **{**dict(steps=4, eval_every=2), **kw})
     train.train(config(tmp_path / "a"))
@@ -838,6 +843,7 @@ def killed(tmp_path, body: str):
     return p.stdout
 
 
+@pytest.mark.slow
 def test_a_killed_cache_goes_on_and_is_the_same_byte_for_byte(shared, own, tmp_path, capsys):
     cfg = own_config(shared, own, "unused", data__cache=str(tmp_path / "cache"))
     killed(tmp_path, f"""
@@ -1093,6 +1099,7 @@ def test_a_damaged_or_half_written_shard_is_named(trainings, tmp_path):
         checkpoint.load_checkpoint(tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, params, pictures", [("imagenet256", 371.64, 1024), ("t2i_256", 379.11, 8192), ("t2i_512", 379.11, 4096), ("t2i_1024", 379.11, 2048)])
 def test_the_papers_recipes_are_planned(name, params, pictures, capsys):
     cfg = common.read_config(train.Config(), ["--config", str(ROOT / "configs" / f"{name}.toml")])
@@ -1103,6 +1110,7 @@ def test_the_papers_recipes_are_planned(name, params, pictures, capsys):
     assert cfg.flow.shift == {256: 1.0, 512: 1.73, 1024: 3.0}[cfg.data.size]
 
 
+@pytest.mark.slow
 def test_a_sharded_plan_divides_what_is_cut_and_a_given_mfu_says_so(capsys):
     cfg = read(train.Config(), model=model.UNetConfig(**TINY), gpus=4, text__width=48, muon_lr=0.02, mfu=0.5)
     alone, cut = plan.dry_run(cfg), plan.dry_run(replace(cfg, shard=True))
@@ -1172,6 +1180,7 @@ def test_scaled_loss_by_hand(teachers):
     assert torch.allclose(again, a * task + (1 - a) * task / (0.98 * kd + 0.02 * 3 * kd) * 3 * kd, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_without_its_parts_it_is_the_flow_loss(teachers, tmp_path):
     plain, none = train.FlowObjective(tiny_model()), objective_of(teachers, kd=False, featkd=False, teacher="")
     assert torch.equal(plain(*a_batch())[0], none(*a_batch())[0])
@@ -1262,6 +1271,7 @@ def test_a_hub_directory_in_three_shards_is_a_teacher(teachers, tmp_path):
     assert counted["teacher"] == model.count_params(objective.teacher.denoiser)
 
 
+@pytest.mark.slow
 def test_dry_run_counts_the_real_networks(teachers, capsys):
     sd35 = common.read_config(distill.Config(), ["--config", "configs/kd_sd35.toml"])
     counted = distill.dry_run(read(sd35, gpu_gb=24.0, batch=1, shard=False))
@@ -1300,6 +1310,7 @@ def test_estimated_activations_are_what_a_real_pass_keeps(arch, amp, checkpointe
         assert total == pytest.approx(real, rel=0.02) and greediest < total == full
 
 
+@pytest.mark.slow
 def test_bad_distillations_are_named(teachers, tmp_path):
     cfg = distill_config(teachers, tmp_path / "x")
     for bad, words in ((dict(teacher="runs/nowhere"), "train one"), (dict(teacher=""), "train one"), (dict(student_tap="up9"), "down0"), (dict(teacher_tap="block9"), "block1"),
@@ -1551,6 +1562,7 @@ def test_bad_step_distillations_are_named(student, tmp_path):
             adv_distill.distil(adv_config(student, tmp_path / "x", **bad))
 
 
+@pytest.mark.slow
 def test_evaluation_takes_no_more_pictures_at_a_time_than_training_and_its_numbers_do_not_depend_on_it(shared, own, teachers, student, tmp_path, monkeypatch):
     for config, words in ((lambda batch: train_config(shared, "unused", batch=batch), lambda cfg: train.load_data(cfg, torch.device("cpu"), 0, 1)[2]),
                           (lambda batch: own_config(shared, own, "unused", batch=batch, val_pictures=80), lambda cfg: cache.open_cache(cfg)[1])):
@@ -1625,6 +1637,7 @@ def test_distances_between_sets_have_their_closed_forms():
     assert low < 0.5 < high and (low, high) == tuple(evaluate.interval(np.repeat([[1.0, 1], [0, 0]], 50, 0))) and 0.15 < high - low < 0.25
 
 
+@pytest.mark.slow
 def test_benchmark_folders_are_as_the_official_readers_walk_them(tmp_path):
     """By the loops of GenEval's evaluate_images.py and DPG-Bench's compute_dpg_bench.py."""
     import json, os, re
@@ -1750,6 +1763,7 @@ def bundle(tmp_path_factory):
     return folder / "bundle"
 
 
+@pytest.mark.slow
 def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path, capsys):
     m = json.loads((bundle / "manifest.json").read_text())
     assert sorted(p.name for p in bundle.iterdir()) == sorted(["TextEncoder.mlpackage", "Unet.mlpackage", "VAEDecoder.mlpackage", "captions.tiktoken", "compile.sh", "manifest.json"])
@@ -1773,6 +1787,7 @@ def test_bundle_is_whole_proved_and_draws_pytorchs_picture(bundle, tmp_path, cap
     assert Image.open(tmp_path / "dog.png").size == (32, 32)
 
 
+@pytest.mark.slow
 def test_a_swapped_weight_is_refused_and_the_bundle_kept_aside(bundle, monkeypatch):
     keep, real = (bundle / "manifest.json").read_text(), export_coreml.convert
 
@@ -1809,6 +1824,7 @@ def converted(module, path, shape=(1, 16, 8, 32), precision=None, inputs=None):
     return coreml_check.Package(path)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_deliberately_broken_packages_are_caught(tmp_path):
     ct = coreml_check.ct
@@ -1864,6 +1880,7 @@ def test_executor_runs_packages_that_are_not_ours(tmp_path):
         package.run({"x": x})
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_several_sizes_share_their_weights_and_compression_costs_what_it_should(tmp_path):
     ae = export_coreml.perturb(decoder.Autoencoder(decoder.AutoencoderConfig(widths=[8, 8, 8, 8], layers=1, attention=False, groups=1, tiny_widths=[64, 32, 32, 32], tiny_blocks=[1, 0, 0, 0])))
@@ -1917,6 +1934,7 @@ def test_bad_exports_get_one_clear_line(args, words):
 
 
 # ---------------------------------------------------------------------------- common.py: failing like a friend
+@pytest.mark.slow
 def test_config_errors_name_the_nearest_key_and_the_type(tmp_path):
     fails_in_one_line(run("train.py", "model.widhts=[32]"), "model.widhts", "did you mean 'model.widths'")
     fails_in_one_line(run("train.py", "lr=fast"), "'lr' wants float", "fast")
@@ -2019,6 +2037,7 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
     assert 0.6 * 0.02 < torch.linalg.matrix_norm((net[0].weight - before).flatten(1), 2) / 2**0.5 < 1.3 * 0.02
 
 
+@pytest.mark.slow
 def test_processes_share_muons_work_and_get_the_same():
     """Of whole matrices, and of matrices whose rows are cut over them: some have fewer rows than the other process wants."""
     code = ("import torch, torch.distributed as dist, optim; torch.manual_seed(0); grads = [torch.randn(s) for s in ((32, 48), (64, 16), (16, 16), (16, 40), (24, 24))]\n"
@@ -2059,6 +2078,7 @@ def test_the_benchmark_counts_as_the_sheets_do():
             assert name not in flops or found.flops / 1e12 == pytest.approx(flops[name], abs=0.0006)
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_and_writes_its_page(tmp_path, capsys, monkeypatch):
     """Small pictures and ours alone; the page says what was reached and what was missed, from the numbers."""
     small = dict(widths=[32, 64, 96], context_dim=2304, depth_down=[1, 1, 1], depth_mid=1, depth_up=[1, 1, 0], head_dim=32, time_dim=64, time_freqs=32)
