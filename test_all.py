@@ -877,6 +877,7 @@ def test_a_cache_that_does_not_fit_is_named(shared, own, tmp_path):
         train.train(own_config(shared, own, tmp_path / "x", batch=64))
 
 
+@pytest.mark.slow
 def test_training_from_a_cache_learns_and_resumes(shared, own, own_run, tmp_path, monkeypatch):
     rows = common.read_log(own_run / "log.csv")
     val = [float(r["val_raw"]) for r in rows if r.get("val_raw")]
@@ -1256,6 +1257,7 @@ def test_distillation_resumes_as_uninterrupted_projector_included(teachers, tmp_
         assert scaled == pytest.approx(0, abs=1e-5)     # a + (1 - a) of one magnitude
 
 
+@pytest.mark.slow
 def test_a_hub_directory_in_three_shards_is_a_teacher(teachers, tmp_path):
     sd3_tiny(tmp_path, "120KB", joint_attention_dim=40)
     assert len(list((tmp_path / "transformer").glob("*.safetensors"))) >= 3
@@ -1342,6 +1344,7 @@ def critic_of(shared, **kw):
     return adv_distill.Critic(cfg, distill.Teacher(cfg, torch.device("cpu")))
 
 
+@pytest.mark.slow
 def test_the_fake_score_starts_from_the_real_one_where_it_fits(student, tmp_path):
     """DMD2. In the first step, at rate 0: the teacher's weights, not the student's; a copy of the student where the teacher is another network."""
     config, state = checkpoint.load_checkpoint(student / "student")
@@ -1531,6 +1534,7 @@ def test_the_figures_scores_are_a_checkpoints_own(tmp_path, monkeypatch):
     assert evaluate.scores_of("assets/x") == {4: 0.5, 2: 0.3} and evaluate.scores_of("assets/other") == {8: 0.9}
 
 
+@pytest.mark.slow
 def test_a_nan_in_d_or_g_costs_one_step(student, tmp_path, monkeypatch, capsys):
     n = {"critic_loss": [], "generator_loss": []}
     for name, bad in (("critic_loss", 2), ("generator_loss", 3)):
@@ -1546,6 +1550,7 @@ def test_a_nan_in_d_or_g_costs_one_step(student, tmp_path, monkeypatch, capsys):
     assert state["critic_optimizer"]["0.step"] == state["generator_optimizer"]["0.step"] == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kw", [dict(method="dmd", backward_simulation=True, kd_steps=2, K=3), dict(loss="paper", critic="init", r1=0.0, teacher="", critic_taps=[]), dict(teacher="mmdit", critic_taps=["block0"])], ids=str)
 def test_every_way_runs(student, tmp_path, kw):
     kw = {**kw, **({"teacher": str(student / "teacher_mmdit")} if kw.get("teacher") else {})}
@@ -2546,6 +2551,7 @@ def test_lpips_is_the_papers(tmp_path, capsys):
         losses.load_lpips(str(tmp_path / "bad.safetensors"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pictures", ["scenes", "folder"])
 def test_the_tiny_decoder_learns_against_sd3s_frozen_encoder(tmp_path, monkeypatch, capsys, pictures):
     sd3_vae(tmp_path / "sd3", mid_block_add_attention=False)
