@@ -2102,6 +2102,25 @@ def test_the_benchmark_measures_and_writes_its_page(tmp_path, capsys, monkeypatc
         bench.main(["unets"])
 
 
+def test_the_pages_aims_and_the_plot_come_from_the_rows(tmp_path):
+    """Any peers may be left out; a share is of the run's median matrix product, not of a row's own turn; each quarter of the plot holds its line."""
+    from PIL import Image
+    row = lambda net, s, ratio, flops, peak_flops, peak: dict(net=net, name=net, params=1, s=s, ratio=ratio, flops=flops, bytes=1, peak_flops=peak_flops, bandwidth=1.0, peak=peak, layout="NHWC")
+    rows = [row("ours", 2.0, 1.0, 100.0, 80.0, 2.0), row("ours_small", 4.0, 2.0, 100.0, 100.0, 0.5), row("sd3", 60.0, 30.0, 3000.0, 500.0, 6.0)]
+    assert [r["share"] for r in results.beside_machine(rows)] == [0.5, 0.25, 0.5] and [r["floor"] for r in results.beside_machine(rows)] == [1.0, 1.0, 30.0]
+    aims = lambda *nets: {g[0]: g[2:] for g in results.goals({"decoder": {"rows": results.beside_machine([r for r in rows if r["net"] in nets])}})}
+    whole, without = aims("ours", "ours_small", "sd3"), aims("ours", "sd3")
+    assert whole["decoder: faster than SD3's"] == ("30.00 x", "reached") and whole["decoder with --low-memory: memory under SD3's"] == ("12.00 x", "reached")
+    assert whole["decoder: memory under SD3's"][0] == "3.00 x" and whole["decoder: memory under SD3's"][1].startswith("missed: ")
+    assert set(whole) - set(without) == {"decoder with --low-memory: memory under SD3's"} and not any("SD3" in k for k in aims("ours"))
+    found = [dict(net=net, size=s, batch=1, s=k + s / 1e3, peak=(k + s) * 1e6) for k, net in enumerate(("UNet", "decoder", "decoder, small")) for s in (256, 1024)]
+    found += [dict(net="UNet", size=256, batch=4, s=3.0, peak=2e9)] + [dict(net="shipped", steps=n, size=64, batch=1, s=n / 10) for n in (1, 4)]
+    results.cost_plot({"rows": found}, tmp_path / "cost.png")
+    image = np.array(Image.open(tmp_path / "cost.png"))
+    blue = (image == (40, 90, 220)).all(-1)
+    assert image.shape == (640, 960, 3) and all(quarter.any() for quarter in (blue[:320, :480], blue[:320, 480:], blue[320:, :480], blue[320:, 480:]))
+
+
 def test_peak_memory_is_of_one_call(tmp_path):
     """A Net that holds 64 MiB for a moment, after one that held 256."""
     torch.zeros(2**26)
