@@ -469,8 +469,8 @@ def test_the_text_is_projected_once_a_picture_and_the_latents_stay_the_same(monk
 
 
 @pytest.mark.parametrize("h, w", [(8, 8), (6, 10), (32, 32)])
-def test_decoding_in_stripes_gives_the_same_pixels(h, w):
-    """In stripes of any height."""
+def test_decoding_in_stripes_gives_the_same_pixels(h, w, monkeypatch):
+    """In stripes of any height; and only where little memory is asked for, since they take twice the time."""
     torch.manual_seed(0)
     ae = tiny_ae(tiny_widths=[64, 64, 32, 16], tiny_blocks=[1, 2, 1, 1]).eval().requires_grad_(False)
     for p in ae.decoder.parameters():
@@ -483,7 +483,10 @@ def test_decoding_in_stripes_gives_the_same_pixels(h, w):
         both = torch.cat([z, z.flip(2)])
         want = ae.decoder(both / ae.cfg.scale + ae.cfg.shift)
         for low_memory in (False, True):
-            assert (ae.decode(both, low_memory) - want).abs().max() < 1e-4 * want.std()
+            calls, real = [], stripes.decode
+            monkeypatch.setattr(stripes, "decode", lambda *a: calls.append(1) or real(*a))
+            assert (ae.decode(both, low_memory) - want).abs().max() < 1e-4 * want.std() and len(calls) == 2 * low_memory
+            monkeypatch.setattr(stripes, "decode", real)
 
 
 def test_guidance_of_one_is_none_and_pictures_do_not_depend_on_the_batch():
@@ -557,6 +560,13 @@ def test_resume_equals_uninterrupted_and_the_run_leaves_its_pictures(shared, tmp
     assert all(same(a[k], b[k]) for k in ("model", "ema", "optimizer"))
     rows = [[r["step"] for r in common.read_log(tmp_path / k / "log.csv")] for k in "ab"]
     assert rows[0] == rows[1]
+
+
+def test_a_held_out_loss_of_few_pictures_leaves_empty_bins_out(shared, tmp_path):
+    train.train(train_config(shared, tmp_path / "x", steps=1, eval_every=1, log_every=1, val_pictures=3))
+    row = next(r for r in common.read_log(tmp_path / "x" / "log.csv") if r.get("val"))
+    bins = [float(row[f"bin{b}"]) for b in range(8)]
+    assert 0 < np.isnan(bins).sum() < 8 and float(row["val"]) == pytest.approx(np.nanmean(bins), rel=1e-5) and np.isfinite(float(row["val_raw"]))
 
 
 @pytest.mark.slow
@@ -2025,6 +2035,14 @@ def test_without_muon_the_optimiser_is_adamw():
             net(torch.randn(8, 20)).sub(1).square().sum().backward()
             opt.step(), opt.zero_grad()
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(nets[0].parameters(), nets[1].parameters()))
+
+
+@pytest.mark.parametrize("has", [False, True])
+def test_muon_rounds_to_bfloat16_only_where_the_device_computes_in_it(has, monkeypatch):
+    monkeypatch.setattr(optim, "use_bfloat16", lambda amp, device: has)
+    optim.precision.cache_clear()
+    assert optim.orthogonalise(torch.randn(8, 6)).dtype == (torch.bfloat16 if has else torch.float32)
+    optim.precision.cache_clear()
 
 
 def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
