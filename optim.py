@@ -25,22 +25,28 @@ def precision(device) -> torch.dtype:
 
 
 @torch.no_grad()
-def orthogonalise(M):
-    """(m, n) -> about U V^T of its singular value decomposition, by five Newton-Schulz steps (Jordan's coefficients)."""
-    X, tall = M.to(precision(M.device)) / (M.norm() + 1e-7), M.shape[0] > M.shape[1]
-    if tall:
-        X = X.T.contiguous()
-    for _ in range(5):
-        A = X @ X.T                                                  # (m, m), the small side
-        X = torch.addmm(X, torch.addmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-    return X.T if tall else X
+def orthogonalise(Ms):
+    """Of each of a list of matrices about U V^T of its singular value decomposition, by five Newton-Schulz steps (Jordan's coefficients). Those of one
+    shape go together: on a GPU a small network would wait for the launches of so many small products."""
+    alike, out = {}, [None] * len(Ms)
+    for i, M in enumerate(Ms):
+        alike.setdefault((min(M.shape), max(M.shape)), []).append(i)
+    for indices in alike.values():
+        X = torch.stack([Ms[i] if Ms[i].shape[0] <= Ms[i].shape[1] else Ms[i].T for i in indices])   # (k, m, n), m the small side
+        X = (X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)).to(precision(X.device))
+        for _ in range(5):
+            A = X @ X.mT                                             # (k, m, m)
+            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
+        for i, x in zip(indices, X):
+            out[i] = x if Ms[i].shape[0] <= Ms[i].shape[1] else x.T
+    return out
 
 
 def orthogonalise_all(grads):
     """orthogonalise() of each of a list of matrices. With several processes each does its share of them and sends it to the others."""
     world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
     order, out = sorted(range(len(grads)), key=lambda i: -grads[i].numel()), [None] * len(grads)
-    mine = {i: orthogonalise(grads[i]) for i in order[rank::world]}
+    mine = dict(zip(order[rank::world], orthogonalise([grads[i] for i in order[rank::world]])))
     for r in range(world):
         indices, sizes = order[r::world], [grads[i].numel() for i in order[r::world]]
         if world > 1:
@@ -68,7 +74,8 @@ def orthogonalise_rows(parts, heights):
     received = sent.new_empty(sum(here))
     dist.all_to_all_single(received, sent, here, there)
     chunks = [dict(zip(owned[rank], c.split([count(i, r) for i in owned[rank]]))) for r, c in enumerate(received.split(here))]
-    whole = {i: orthogonalise(torch.cat([c[i] for c in chunks]).view(heights[i], -1)).float().flatten() for i in owned[rank]}      # fp32: not every backend knows bfloat16
+    whole = orthogonalise([torch.cat([c[i] for c in chunks]).view(heights[i], -1) for i in owned[rank]])
+    whole = {i: u.float().flatten() for i, u in zip(owned[rank], whole)}     # fp32: not every backend knows bfloat16
     pieces = {i: u.split([count(i, r) for r in range(world)]) for i, u in whole.items()}
     back = torch.cat([received[:0]] + [pieces[i][r] for r in range(world) for i in owned[rank]])
     dist.all_to_all_single(sent, back, there, here)
@@ -113,7 +120,7 @@ class Muon(torch.optim.Optimizer):
             if group["muon"]:
                 momenta = [rows(s["momentum"]) for s in states]
                 torch._foreach_lerp_(momenta, grads, 0.05)
-                ahead = [g.lerp(m, 0.95).flatten(1) for g, m in zip(grads, momenta)]     # Nesterov's look ahead
+                ahead = [x.flatten(1) for x in torch._foreach_lerp(grads, momenta, 0.95)]     # Nesterov's look ahead
                 heights = [p.shape[0] for p in params]
                 directions = orthogonalise_rows(ahead, heights) if isinstance(params[0], DTensor) else orthogonalise_all(ahead)
                 for v, g, u, height in zip(values, ahead, directions, heights):

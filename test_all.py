@@ -2041,15 +2041,16 @@ def test_without_muon_the_optimiser_is_adamw():
 def test_muon_rounds_to_bfloat16_only_where_the_device_computes_in_it(has, monkeypatch):
     monkeypatch.setattr(optim, "use_bfloat16", lambda amp, device: has)
     optim.precision.cache_clear()
-    assert optim.orthogonalise(torch.randn(8, 6)).dtype == (torch.bfloat16 if has else torch.float32)
+    assert optim.orthogonalise([torch.randn(8, 6)])[0].dtype == (torch.bfloat16 if has else torch.float32)
     optim.precision.cache_clear()
 
 
 def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
     torch.manual_seed(0)
-    for shape in ((48, 20), (20, 48)):
-        values = torch.linalg.svdvals(optim.orthogonalise(torch.randn(shape)).float())
-        assert 0.6 < values.min() and values.max() < 1.3
+    matrices = [torch.randn(48, 20), torch.randn(20, 48), 100 * torch.randn(20, 48), torch.randn(30, 30)]     # of one shape in a batch, a tall one turned
+    for M, U in zip(matrices, optim.orthogonalise(matrices)):
+        values = torch.linalg.svdvals(U.float())
+        assert U.shape == M.shape and 0.6 < values.min() and values.max() < 1.3 and (M * U).sum() > 0.7 * torch.linalg.svdvals(M).sum()      # of that very matrix: <M, U V^T> is the sum of its singular values
     net = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 1), torch.nn.Conv2d(32, 32, 3, groups=32), torch.nn.Embedding(50, 32))
     opt = optim.Muon(net, 1e-3, muon_lr=0.02)
     assert [[p.shape for p in g["params"]] for g in opt.param_groups if g["muon"]] == [[net[0].weight.shape]]
@@ -2063,17 +2064,17 @@ def test_muon_moves_matrices_by_orthogonal_steps_and_leaves_the_rest_to_adamw():
 @pytest.mark.slow
 def test_processes_share_muons_work_and_get_the_same():
     """Of whole matrices, and of matrices whose rows are cut over them: some have fewer rows than the other process wants."""
-    code = ("import torch, torch.distributed as dist, optim; torch.manual_seed(0); grads = [torch.randn(s) for s in ((32, 48), (64, 16), (16, 16), (16, 40), (24, 24))]\n"
+    code = ("import torch, torch.distributed as dist, optim; torch.manual_seed(0); grads = [torch.randn(s) for s in ((32, 48), (64, 16), (16, 16), (16, 40), (24, 24), (48, 32), (32, 48))]\n"
             "alone, seen, real = optim.orthogonalise_all(grads), [], optim.orthogonalise\n"
-            "optim.orthogonalise = lambda M: seen.append(1) or real(M)\n"
+            "optim.orthogonalise = lambda Ms: seen.extend(Ms) or real(Ms)\n"
             "dist.init_process_group('gloo'); rank = dist.get_rank(); shared = optim.orthogonalise_all(grads); n = len(seen)\n"
-            "mine = lambda M: (*M.chunk(2), M[:0])[rank]; grads.append(torch.randn(1, 30)); alone.append(real(grads[-1]))\n"
+            "mine = lambda M: (*M.chunk(2), M[:0])[rank]; grads.append(torch.randn(1, 30)); alone += real(grads[-1:])\n"
             "cut = optim.orthogonalise_rows([mine(M) for M in grads], [len(M) for M in grads]); dist.destroy_process_group()\n"
             "print(n, len(seen) - n, all(torch.equal(a, b) for a, b in zip(alone, shared)) and all(torch.equal(mine(a).float(), b) for a, b in zip(alone, cut)))")
     port = common.free_port()
     ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True,
                               env={**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "RANK": str(r)}) for r in (0, 1)]
-    assert [p.communicate(timeout=120)[0].split() for p in ranks] == [["3", "3", "True"], ["2", "3", "True"]]
+    assert [p.communicate(timeout=120)[0].split() for p in ranks] == [["4", "4", "True"], ["3", "4", "True"]]
 
 
 # ---------------------------------------------------------------------------- bench.py, results.py
