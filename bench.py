@@ -23,13 +23,13 @@ from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from optim import Muon
 from peers import Net, decoders, denoisers
-from plan import GiB, forward_flops, training_flops
+from plan import GiB, forward_flops, inputs, training_flops
 from results import bench_page, cost_plot
-from sample import TextToLatents, chosen, euler, generate, guided, load_model, settings, times
+from sample import TextToLatents, build, chosen, euler, generate, guided, load_model, settings, times
 from text import Text, tokenize
 from train import Batches, Config, FlowObjective
 
-H200 = 989e12               # FLOP/s in bfloat16, its data sheet
+H200, H200_BYTES = 989e12, 4.8e12     # FLOP/s in bfloat16, bytes/s of its memory: its data sheet
 
 
 # ---------------------------------------------------------------------------- the instruments
@@ -207,10 +207,37 @@ def of_equal_flops(network, size: int, tokens: int, head_dim: int = 32) -> MMDiT
     return min(found)[2]
 
 
+def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, float]:
+    """Seconds of one training step on an H200 in bfloat16, computed: all its work at the peak; and the least that separate kernels take, where each of the three passes of a linear or
+    convolution (forward, gradient of the input, of the weights) moves two maps and the weights once, if that is longer. Norms, activations, attention's bytes, the optimiser and waiting cost nothing here."""
+    seen = []
+
+    def count(m, xs, out):
+        if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d)):
+            seen.append((2 * out.numel() * m.weight[0].numel(), 2 * (xs[0].numel() + out.numel() + m.weight.numel())))      # FLOPs, bytes of one pass
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        net = build(network)
+        for m in net.modules():
+            m.register_forward_hook(count)
+        args, pooled = inputs(network, batch, size, tokens)
+        net(*args, **pooled)
+    work, theirs = counter.get_total_flops(), sum(flops for flops, _ in seen)
+    return 3 * work / H200, 3 * (work - theirs) / H200 + 3 * sum(max(flops / H200, moved / H200_BYTES) for flops, moved in seen)
+
+
+ON_GPU = (("configs/base.toml", 256), ("configs/t2i_256.toml", 64))     # and pictures a step
+
+
 def train(a, device):
     """One optimiser step of flow training, UNet and MMDiT in turns: forward and backward pass, and Muon or AdamW as the config says. Text states of frozen encoders are given."""
-    rows = []
-    for path, batch in ((("configs/base.toml", 64), ("configs/t2i_256.toml", 64)) if device.type == "cuda" else (("configs/nano.toml", 0), ("configs/base.toml", 4))):
+    rows, floors = [], []
+    for path, batch in ON_GPU:
+        cfg = read_config(Config(), ["--config", path])
+        unet = chosen(cfg.arch, cfg.model, cfg.mmdit)
+        for name, network in (("UNet", unet), ("MMDiT", of_equal_flops(unet, cfg.data.size, cfg.tokens))):
+            work, least = training_floor(network, cfg.data.size, cfg.tokens, batch)
+            floors.append({"config": path, "net": name, "batch": batch, "work_s": work, "least_s": least})
+    for path, batch in ON_GPU if device.type == "cuda" else (("configs/nano.toml", 0), ("configs/base.toml", 4)):
         cfg = read_config(Config(), ["--config", path])
         n, amp = batch or cfg.batch, use_bfloat16(cfg.amp, device)
         nets = {"UNet": chosen(cfg.arch, cfg.model, cfg.mmdit)}
@@ -244,7 +271,7 @@ def train(a, device):
         for name, network in nets.items():
             s, flops, peak = statistics.median(taken[name]), training_flops(cfg, network), statistics.median(peaks)
             rows.append({"config": path, "net": name, "params": sum(p.numel() for p in steps[name].__defaults__[0].parameters()), "batch": n, "amp": "bfloat16" if amp else "float32", "flops": flops, "s": s, "img_s": n / s, "mfu": n * flops / s / peak, "peak_flops": peak, "peak": memories[name]})
-    return {"rows": rows}
+    return {"rows": rows, "floors": floors, "gpu_flops": H200, "gpu_bytes": H200_BYTES}
 
 
 def data(a, device):

@@ -154,7 +154,8 @@ def goals(found: dict) -> list[tuple]:
     if "data" in found:
         goal("loader: words of a batch, times what a GPU eats", found["data"]["words"] / found["data"]["eats"], 3.0, "one process of one thread; each GPU has its own")
     if not any("cuda" in json.dumps(f.get("device", "")) for f in found.values()):
-        out.append(("training on an H200: MFU with torch.compile and bfloat16", "at least 35 %", "not measured", "no GPU was at hand: `python bench.py train --device cuda`"))
+        most = ", ".join(f"{f['work_s'] / f['least_s']:.0%} for `{f['config']}`" for f in found.get("train", {}).get("floors", []) if f["net"] == "UNet")
+        out.append(("training on an H200: MFU with torch.compile and bfloat16", "at least 35 %", "not measured", "no GPU was at hand: `python bench.py train --device cuda`" + (f". Its memory allows at most {most} (computed, below)" if most else "")))
     return out
 
 
@@ -186,6 +187,12 @@ def bench_page(folder: Path) -> str:
         out += ["## Training: one step", f"`python bench.py train`, {f['threads']} threads, {made(f)}. An MMDiT of nearly equal FLOPs beside it, in turns.",
                 table(["config", "network", "M parameters", "batch", "arithmetic", "GFLOP a picture", "pictures/s", "share of the peak (MFU)", "GiB"], [
                     (r["config"], r["net"], f"{r['params'] / 1e6:.2f}", r["batch"], r["amp"], f"{r['flops'] / 1e9:.2f}", f"{r['img_s']:.1f}", f"{r['mfu']:.0%}", f"{r['peak'] / GiB:.2f}") for r in f["rows"]])]
+        if "floors" in f:
+            out += [f"What an H200 could reach at most, computed from its data sheet ({f['gpu_flops'] / 1e12:.0f} TFLOP/s in bfloat16, {f['gpu_bytes'] / 1e12:.1f} TB/s), not measured: each linear and convolution a kernel of its own, whose three passes move "
+                    "two maps and the weights once each or take their work's time, whichever is longer; all else is free. Narrow layers wait for memory: a 1x1 convolution over C channels does C / 2 operations a byte, and the GPU "
+                    f"has time for {f['gpu_flops'] / f['gpu_bytes']:.0f}.",
+                    table(["config", "network", "batch", "ms a step at the peak", "ms at least", "MFU at most"], [
+                        (x["config"], x["net"], x["batch"], f"{1e3 * x['work_s']:.1f}", f"{1e3 * x['least_s']:.1f}", f"{x['work_s'] / x['least_s']:.0%}") for x in f["floors"]])]
     if "data" in found:
         f = found["data"]
         out += ["## Data", f"`python bench.py data`, {made(f)}. Scenes of `{f['config']}` are drawn at {f['drawn']:.0f} pictures/s on one core, worded and encoded: once. From then on latents and words lie in the device's memory. "

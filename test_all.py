@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-import adv_distill, ane, bench, cache, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, grids, losses, mmdit, model, optim, peers, pictures, plan, results, sample, stripes, text, train
+import adv_distill, ane, bench, cache, checker, checkpoint, common, convert, coreml_check, data, decoder, distill, evaluate, export_coreml, grids, losses, mmdit, model, optim, peers, pictures, plan, pretend, results, sample, stripes, text, train
 from common import UserError
 
 ROOT = Path(__file__).parent
@@ -2689,3 +2689,87 @@ def test_bad_requests_get_one_clear_line(args, words):
     if "cuda:99" in args and torch.cuda.is_available():
         pytest.skip("a CUDA machine says it in other words")
     fails_in_one_line(run("sample.py", *args), *words)
+
+
+# ---------------------------------------------------------------------------- a GPU that is none
+def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
+    with pretend.cuda():
+        x, net = torch.randn(2, 3, device="cuda"), torch.nn.Linear(3, 4)
+        assert x.device.type == "cuda" and (x + 1).is_cuda and x.cpu().device.type == "cpu" and torch.tensor(1.0).device.type == "cpu" and (2 * x * torch.tensor(2.0)).is_cuda
+        for bad in (lambda: net(x), lambda: net(x.cpu()) + x[:, :1], lambda: torch.cat([x, torch.ones(1, 3)]), lambda: torch.ones(3)[torch.zeros(1, dtype=torch.long, device="cuda")],
+                    lambda: torch.randn(3, device="cuda", generator=torch.Generator()), lambda: torch.randn(3, generator=torch.Generator("cuda"))):
+            with pytest.raises(RuntimeError, match="cuda|generator"):
+                bad()
+        with pytest.raises(TypeError, match="numpy"):
+            x.numpy()
+        net.to("cuda")(x).sum().backward()
+        assert net.weight.is_cuda and net.weight.grad.is_cuda and isinstance(net.weight, torch.nn.Parameter) and torch.allclose(net.weight.grad.cpu(), x.cpu().sum(0).expand(4, 3))
+        assert x[torch.tensor([1])].is_cuda and torch.randn(3, device="cuda", generator=torch.Generator("cuda")).is_cuda
+    assert not torch.cuda.is_available() or torch.cuda.get_device_name() != "none"
+
+
+@pytest.fixture()
+def gpu(monkeypatch):
+    """What takes minutes in a CPU's imitation of bfloat16 is left out."""
+    monkeypatch.setattr(train, "costs", lambda *_: (1e9, 1e12))
+    monkeypatch.setattr(bench, "machine", lambda *_: (1e12, 1e11))
+    monkeypatch.setattr(optim, "precision", lambda _: torch.float32)
+    monkeypatch.setattr(data, "use_bfloat16", lambda *_: False)
+    with pretend.cuda():
+        yield
+
+
+@pytest.mark.slow
+def test_training_on_a_gpu_keeps_to_one_device_resumes_and_learns_what_the_cpu_learns(shared, tmp_path, gpu, monkeypatch):
+    same_on_both = dict(steps=4, eval_every=2, muon_lr=0.02, amp="float32")
+    train.train(train_config(shared, tmp_path / "cpu", **same_on_both))
+    real, n = train.flow_loss, []
+    def interrupted(*args):
+        n.append(args[1].is_cuda)
+        if len(n) == 7:                                 # in step 3: two steps and twice the held-out pictures, in two parts, lie behind
+            raise KeyboardInterrupt
+        return real(*args)
+    monkeypatch.setattr(train, "flow_loss", interrupted)
+    while True:
+        try:
+            train.train(train_config(shared, tmp_path / "gpu", device="cuda", **same_on_both))
+            break
+        except KeyboardInterrupt:
+            assert all(n)
+    a, b = weights(tmp_path / "cpu"), weights(tmp_path / "gpu")
+    assert all(torch.allclose(a[k][name], b[k][name], atol=2e-4) for k in ("model", "ema") for name in a[k])      # of steps of 0.02; padded captions round otherwise
+    logs = [[float(r[k]) for r in common.read_log(tmp_path / name / "log.csv") for k in ("loss", "val", "grad") if r[k]] for name in ("cpu", "gpu")]
+    assert len(logs[0]) == 6 and logs[1] == pytest.approx(logs[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_distillation_on_a_gpu_keeps_to_one_device(student, tmp_path, gpu):
+    """Output and features of a teacher in bfloat16; then the discriminator under autocast, and all players with the rarer options."""
+    train.train(cfg := distill_config(student, tmp_path / "kd", steps=2, eval_every=2, device="cuda"), lambda net: distill.Distill(cfg, net))
+    for method, options in (("gan", dict(amp="bfloat16")), ("both", dict(sampler="renoise", critic="init", backward_simulation=True))):
+        adv_distill.distil(adv_config(student, tmp_path / method, method=method, device="cuda", steps=2, **options))
+    assert all((tmp_path / name / "final").exists() for name in ("kd", "gan", "both"))
+
+
+@pytest.mark.slow
+def test_sampling_on_a_gpu_keeps_to_one_device_and_draws_the_same(tmp_path, gpu):
+    from PIL import Image
+    for device in ("cpu", "cuda"):
+        sample.main(["a red car", "two dogs", "--steps", "2", "--base", "--device", device, "-o", str(tmp_path / f"{device}.png")])
+    a, b = (np.asarray(Image.open(tmp_path / f"{device}.png"), np.float32) for device in ("cpu", "cuda"))
+    assert abs(a - b).max() <= 2 and a.std() > 10
+    decoder.train(ae_args(tmp_path / "ae", autoencoder=tiny_ae().cfg, steps=1, eval_every=1, amp="float32", device="cuda"))
+
+
+@pytest.mark.slow
+def test_the_benchmark_runs_on_a_gpu_and_says_what_an_h200_could_reach(tmp_path, gpu, monkeypatch):
+    floors = bench.training_floor(model.PRESETS["t2i"], 256, 333, 64)
+    assert floors[0] == pytest.approx(3 * 64 * plan.forward_flops(model.PRESETS["t2i"], 256, 333) / 989e12)
+    narrow = model.UNetConfig(**TINY)                    # of 32 to 96 channels: memory decides
+    assert 0.7 < floors[0] / floors[1] < 1 and np.divide(*bench.training_floor(narrow, 256, 16, 64)) < 0.3
+    monkeypatch.setattr(bench, "ON_GPU", (("configs/nano.toml", 4),))
+    bench.main(["train", "decoder", "--nets", "ours", "--size", "64", "--rounds", "1", "--device", "cuda", "--out", str(tmp_path / "results")])
+    found = json.loads((tmp_path / "results/bench_train.json").read_text())
+    assert found["device"] == "cuda" and [r["net"] for r in found["rows"]] == ["UNet", "MMDiT"] and all(r["img_s"] > 0 for r in found["rows"])
+    page = (tmp_path / "BENCH.md").read_text()
+    assert page.count("| configs/nano.toml | UNet |") == 2 and "computed from its data sheet (989 TFLOP/s in bfloat16, 4.8 TB/s)" in page
