@@ -189,7 +189,7 @@ def bench_page(folder: Path) -> str:
                     (r["config"], r["net"], f"{r['params'] / 1e6:.2f}", r["batch"], r["amp"], f"{r['flops'] / 1e9:.2f}", f"{r['img_s']:.1f}", f"{r['mfu']:.0%}", f"{r['peak'] / GiB:.2f}") for r in f["rows"]])]
         if "floors" in f:
             out += [f"What an H200 could reach at most, computed from its data sheet ({f['gpu_flops'] / 1e12:.0f} TFLOP/s in bfloat16, {f['gpu_bytes'] / 1e12:.1f} TB/s), not measured: each linear and convolution a kernel of its own, whose three passes move "
-                    "two maps and the weights once each or take their work's time, whichever is longer; all else is free. Narrow layers wait for memory: a 1x1 convolution over C channels does C / 2 operations a byte, and the GPU "
+                    "two maps and the weights once each (no map stays in its cache) or take their work's time, whichever is longer; all else is free. Narrow layers wait for memory: a 1x1 convolution over C channels does C / 2 operations a byte, and the GPU "
                     f"has time for {f['gpu_flops'] / f['gpu_bytes']:.0f}.",
                     table(["config", "network", "batch", "ms a step at the peak", "ms at least", "MFU at most"], [
                         (x["config"], x["net"], x["batch"], f"{1e3 * x['work_s']:.1f}", f"{1e3 * x['least_s']:.1f}", f"{x['work_s'] / x['least_s']:.0%}") for x in f["floors"]])]
