@@ -9,7 +9,7 @@ from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 GPU = torch.device("cuda:0")
 MEET = {"to", "copy_", "__set__", "_has_compatible_shallow_copy_type"}     # may see tensors of both
@@ -44,9 +44,17 @@ def on_cpu(x):
     return torch.device("cpu") if isinstance(x, (str, torch.device)) and str(x).startswith("cuda") else x
 
 
+def tensors_in(x):
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (list, tuple)):
+        for y in x:
+            yield from tensors_in(y)
+
+
 def called(func, args, kwargs):
     """Any function of torch: asks on which devices its tensors are, computes on the CPU, and says where the result is."""
-    name, tensors = getattr(func, "__name__", ""), [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    name, tensors = getattr(func, "__name__", ""), [*tensors_in(args), *tensors_in([*kwargs.values()])]
     ours = [isinstance(x, Pretended) for x in tensors]
     if any(ours) and name == "__get__" and func.__self__.__name__ in ("device", "is_cuda"):
         return {"device": GPU, "is_cuda": True}[func.__self__.__name__]
@@ -67,7 +75,8 @@ def called(func, args, kwargs):
     args, kwargs = [on_cpu(x) for x in args] if name == "to" else args, {k: on_cpu(x) for k, x in kwargs.items()}
     with torch._C.DisableTorchFunctionSubclass():
         out = func(*args, **kwargs)
-    return tree_map(pretended, out) if gpu else tree_map(lambda x: x.as_subclass(torch.Tensor) if type(x) is Pretended else x, out)
+    where = pretended if gpu else lambda x: x.as_subclass(torch.Tensor) if type(x) is Pretended else x
+    return tree_map(where, out) if isinstance(out, (list, tuple)) else where(out)
 
 
 def generator(device="cpu"):
