@@ -153,9 +153,14 @@ def goals(found: dict) -> list[tuple]:
         out.append(("cached text projections: the same latents", "to 1e-5", f"{found['sample']['cache']['difference']:.0e}", "reached" if found["sample"]["cache"]["difference"] < 1e-5 else "missed"))
     if "data" in found:
         goal("loader: words of a batch, times what a GPU eats", found["data"]["words"] / found["data"]["eats"], 3.0, "one process of one thread; each GPU has its own")
-    if not any("cuda" in json.dumps(f.get("device", "")) for f in found.values()):
-        most = ", ".join(f"{f['work_s'] / f['least_s']:.0%} for `{f['config']}`" for f in found.get("train", {}).get("floors", []) if f["net"] == "UNet")
-        out.append(("training on an H200: MFU with torch.compile and bfloat16", "at least 35 %", "not measured", "no GPU was at hand: `python bench.py train --device cuda`" + (f". Its memory allows at most {most} (computed, below)" if most else "")))
+    train = found.get("train", {})
+    most = {f["config"]: f["work_s"] / f["least_s"] for f in train.get("floors", []) if f["net"] == "UNet"}
+    if "cuda" in train.get("device", ""):
+        for r in (r for r in train["rows"] if r["net"] == "UNet"):
+            goal(f"training `{r['config']}`: MFU with torch.compile and bfloat16", r["mfu"], 0.35, f"its memory allows at most {most[r['config']]:.0%} of an H200 (computed, below)", lambda v: f"{100 * v:.0f} %")
+    else:
+        allowed = ", ".join(f"{x:.0%} for `{config}`" for config, x in most.items())
+        out.append(("training on an H200: MFU with torch.compile and bfloat16", "at least 35 %", "not measured", "no GPU was at hand: `python bench.py train --device cuda`" + (f". Its memory allows at most {allowed} (computed, below)" if most else "")))
     return out
 
 
