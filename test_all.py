@@ -2712,7 +2712,7 @@ def test_the_pretended_gpu_refuses_what_a_gpu_refuses():
 def gpu(monkeypatch):
     """What takes minutes in a CPU's imitation of bfloat16 is left out."""
     monkeypatch.setattr(train, "costs", lambda *_: (1e9, 1e12))
-    monkeypatch.setattr(bench, "machine", lambda *_: (1e12, 1e11))
+    monkeypatch.setattr(bench, "machine", lambda *_: (1e10, 1e9))
     monkeypatch.setattr(optim, "precision", lambda _: torch.float32)
     monkeypatch.setattr(data, "use_bfloat16", lambda *_: False)
     with pretend.cuda():
