@@ -1,76 +1,130 @@
-"""Charts of log.csv, drawn with Pillow: loss.png of train.py, scaling.png of distill.py, health.png of adv_distill.py."""
+"""Pictures about a run: sheets of pictures with captions, and charts of its log.csv."""
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from common import UserError, read_log
 
-
-def chart(lines, note: str, W=640, H=360, M=46):
-    """Lines, [(points (x, y), colour)], on a log scale, and a note below; None where there are fewer than two points."""
-    points = [p for line, _ in lines for p in line]
-    if len(points) < 2:
-        return None
-    low, high, end = np.log(min(p[1] for p in points)), np.log(max(p[1] for p in points)) + 1e-6, max(p[0] for p in points)
-    at = lambda p: (M + (W - 2 * M) * p[0] / end, H - M - (H - 2 * M) * (np.log(p[1]) - low) / (high - low))
-    image = Image.new("RGB", (W, H), (255, 255, 255))
-    d = ImageDraw.Draw(image)
-    for k in range(5):
-        value = float(np.exp(low + (high - low) * k / 4))
-        y = at((0, value))[1]
-        d.line((M, y, W - M, y), (230, 230, 230))
-        d.text((6, y - 6), f"{value:.3f}", (90, 90, 90))
-    for line, colour in lines:
-        d.line([at(p) for p in line], colour, 2)
-    d.text((M, H - M + 12), note, (90, 90, 90))
-    return image
+BLUE, ORANGE, GREEN, GREY = "#2a6fdb", "#e07b22", "#3d9a4a", "#a8a8a8"
+BINS = 8        # of t, in the log of distill.py
 
 
-def losses(csv_path, out):
-    """loss.png: training loss (grey), validation of the average (blue)."""
-    rows = read_log(csv_path)
-    lines = [([(int(r["step"]), float(r[k])) for r in rows if r.get(k) and np.isfinite(float(r[k]))], c) for k, c in (("loss", (170, 170, 170)), ("val", (40, 90, 220)))]
-    if image := chart(lines, f"step 0 .. {rows[-1]['step'] if rows else 0}   grey: training loss   blue: held-out loss of the averaged weights"):
-        image.save(out)
+def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image:
+    """A sheet of uint8 pictures (H, W, 3), each with at most three lines of caption below it."""
+    columns = columns or min(len(pictures), max(1, round(len(pictures) ** 0.5)))
+    rows = -(-len(pictures) // columns)
+    h, w = pictures[0].shape[0] * scale, pictures[0].shape[1] * scale
+    wide = max(8, w // 6)       # characters
+    wrapped = [[c[k:k + wide] for k in range(0, len(c), wide)][:3] for c in captions]
+    line, border = 13, 4
+    cell_w = w + border
+    cell_h = h + line * max(map(len, wrapped), default=0) + border
+    sheet = Image.new("RGB", (columns * cell_w + border, rows * cell_h + border), "white")
+    draw = ImageDraw.Draw(sheet)
+    resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
+    for k, picture in enumerate(pictures):
+        x, y = border + k % columns * cell_w, border + k // columns * cell_h
+        sheet.paste(Image.fromarray(picture).resize((w, h), resample), (x, y))
+        for n, text in enumerate(wrapped[k] if wrapped else ()):
+            draw.text((x, y + h + line * n), text, fill=(40, 40, 40))
+    return sheet
 
 
-def side_by_side(charts, out):
-    """Two of 480 x 320 in each row; None stays white."""
-    image = Image.new("RGB", (960, 320 * -(-len(charts) // 2)), (255, 255, 255))
-    for k, c in enumerate(charts):
-        if c:
-            image.paste(c, (480 * (k % 2), 320 * (k // 2)))
-    image.save(out)
+# ------------------------------------------------------------------------- charts
+class Line(NamedTuple):
+    label: str
+    colour: str
+    points: list[tuple]         # (x, y); those that are not finite are left out
+
+
+class Panel(NamedTuple):
+    title: str
+    x_label: str
+    lines: list[Line]
+    log: bool = True            # a logarithmic vertical axis, on which 0 and less have no place
+
+
+def chart(panels: list[Panel], out):
+    """Saves the panels side by side."""
+    from matplotlib.figure import Figure  # not pyplot, which keeps every figure in a global list
+    figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
+    axes = figure.subplots(1, len(panels), squeeze=False)[0]
+    for ax, panel in zip(axes, panels):
+        for line in panel.lines:
+            points = [p for p in line.points if np.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
+            if points:
+                style = ".-" if len(points) < 30 else "-"
+                ax.plot(*zip(*points), style, color=line.colour, label=line.label)
+        if ax.lines:
+            ax.set_yscale("log" if panel.log else "linear")
+            ax.legend(frameon=False)
+        ax.set(title=panel.title, xlabel=panel.x_label)
+        ax.grid(alpha=0.25, which="both")
+        ax.spines[["top", "right"]].set_visible(False)
+    figure.savefig(out, dpi=110)
+
+
+def series(rows: list[dict], key: str) -> list[tuple]:
+    """(step, value) for each row of a log that has a value under that key."""
+    return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
+
+
+def losses(csv, out):
+    """loss.png: the training loss and the averaged weights' loss on held-out pictures."""
+    rows = read_log(csv)
+    chart([Panel("loss", "step", [
+        Line("training", GREY, series(rows, "loss")),
+        Line("held out, averaged weights", BLUE, series(rows, "val")),
+    ])], out)
+
+
+def bin_means(rows: list[dict], name: str) -> list[tuple]:
+    """(middle of the bin, mean over the rows); nan for a bin into which no picture fell."""
+    means = []
+    for b in range(BINS):
+        values = [v for _, v in series(rows, f"{name}{b}") if np.isfinite(v)]
+        means.append(((b + 0.5) / BINS, np.mean(values) if values else np.nan))
+    return means
 
 
 def scaling(run):
-    """RUN/scaling.png: mean losses in 8 bins of t over the last half of the run, left as they are, right as they enter L."""
-    rows = [r for r in read_log(Path(run) / "log.csv") if r.get("bin_task_scaled0")]
-    rows, charts = rows[len(rows) // 2:], []
+    """RUN/scaling.png: losses in bins of t over the last half of the run, before and after scaling.
+
+    Prints the same numbers. UserError where the log is not that of a distillation.
+    """
+    rows = [row for row in read_log(Path(run) / "log.csv") if row.get("bin_task_scaled0")]
     if not rows:
-        raise UserError(f"{run}/log.csv holds no distillation: give a run of distill.py with kd or featkd, after its first log line")
-    print(f"{run}/scaling.png, over {len(rows)} log lines; means per bin of t:")
-    for suffix, title in (("", "as they are"), ("_scaled", "as they enter L")):
+        raise UserError(f"{run}/log.csv has no losses of a distillation: give a run of distill.py "
+                        "with kd or featkd, after its first log line")
+    rows = rows[len(rows) // 2:]
+    print(f"{run}/scaling.png, the last {len(rows)} log lines; means per bin of t:")
+    panels = []
+    for suffix, title in (("", "losses as they are"), ("_scaled", "losses as they enter the sum")):
         lines = []
-        for name, colour, word in (("task", (40, 90, 220), "blue"), ("kd", (220, 110, 30), "orange"), ("feat", (60, 150, 70), "green")):
-            table = np.array([[float(r[f"bin_{name}{suffix}{b}"]) for b in range(8)] for r in rows if r.get(f"bin_{name}{suffix}0")])       # (lines, 8); nan: no picture fell there
-            if len(table):
-                means = [np.mean(column[np.isfinite(column)]) if np.isfinite(column).any() else np.nan for column in table.T]
-                print(f"{name + suffix:12} " + " ".join(f"{v:.4f}" for v in means))
-                lines.append(([((b + 0.5) / 8, v) for b, v in enumerate(means) if v > 0], colour))
-                title += f"   {word}: L_{name}"
-        charts.append(chart(lines, f"t = 0 (picture) .. 1 (noise); {title}", 480, 320))
-    side_by_side([c for c in charts if c], Path(run) / "scaling.png")
+        for name, colour in (("task", BLUE), ("kd", ORANGE), ("feat", GREEN)):
+            means = bin_means(rows, f"bin_{name}{suffix}")
+            if np.isfinite([mean for _, mean in means]).any():
+                print(f"{name + suffix:12} " + " ".join(f"{mean:.4f}" for _, mean in means))
+                lines.append(Line(f"L_{name}", colour, means))
+        panels.append(Panel(title, "t: 0 is the picture, 1 is noise", lines))
+    chart(panels, Path(run) / "scaling.png")
 
 
-def health(csv_path, out):
-    """health.png: left the discriminator, right the predictions against real pictures."""
-    rows = read_log(csv_path)
-    line = lambda value, *need: [(int(r["step"]), max(1e-3, value(r))) for r in rows if all(r.get(k) for k in need) and np.isfinite(value(r))]
-    number = lambda k: line(lambda r: float(r[k]), k)
-    charts = [chart([(number("d_real"), (40, 90, 220)), (number("d_fake"), (220, 110, 30)), (number("accuracy"), (150, 150, 150))], "blue: D(real)  orange: D(fake)  grey: accuracy", 480, 320),
-              chart([(number("spread"), (40, 90, 220)), (line(lambda r: float(r["pixel_std"]) / float(r["real_std"]), "pixel_std", "real_std"), (220, 110, 30))],
-                    "over real ones: blue spread, orange pixels' deviation", 480, 320)]
-    if any(charts):
-        side_by_side(charts, out)
+def health(csv, out):
+    """health.png: the discriminator's answers, and the predictions beside real pictures."""
+    rows = read_log(csv)
+    real = dict(series(rows, "real_std"))
+    deviation = [(step, v / real[step]) for step, v in series(rows, "pixel_std") if real.get(step)]
+    chart([
+        Panel("discriminator", "step", [
+            Line("D(real)", BLUE, series(rows, "d_real")),
+            Line("D(fake)", ORANGE, series(rows, "d_fake")),
+            Line("accuracy", GREY, series(rows, "accuracy")),
+        ], log=False),
+        Panel("predictions, relative to real pictures", "step", [
+            Line("spread between captions", BLUE, series(rows, "spread")),
+            Line("deviation of the pixels", ORANGE, deviation),
+        ], log=False),
+    ], out)
