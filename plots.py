@@ -49,20 +49,20 @@ class Panel(NamedTuple):
 def chart(panels: list[Panel], out):
     """Saves the panels side by side."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure in a global list
+    from matplotlib.ticker import LogLocator
     figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for ax, panel in zip(axes, panels):
         for line in panel.lines:
             points = [p for p in line.points if np.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
             if points:
-                style = ".-" if len(points) < 30 else "-"
-                ax.plot(*zip(*points), style, color=line.colour, label=line.label)
-        if ax.lines:
-            ax.set_yscale("log" if panel.log else "linear")
-            ax.legend(frameon=False)
+                ax.plot(*zip(*points), ".-", markersize=3, color=line.colour, label=line.label)
+        if panel.log:
+            ax.set_yscale("log", subs=[])
+            ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
+        ax.legend(handles=ax.lines, frameon=False)
         ax.set(title=panel.title, xlabel=panel.x_label)
-        ax.grid(alpha=0.25, which="both")
-        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.25)
     figure.savefig(out, dpi=110)
 
 
