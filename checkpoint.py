@@ -1,25 +1,35 @@
-"""Checkpoints.
+"""Checkpoints and resumable runs.
 
 A checkpoint is a directory, never a pickle:
-    config.json             resolved config, our version, step, a CRC-32 of every other file
-    model.safetensors       weights as trained          (what the hub's from_pretrained expects)
-    ema.safetensors         their moving average        (what sampling uses when it is there)
-    optimizer.safetensors   optimiser moments, only in runs that can be resumed
-A run that is sharded (shard.py) writes model/, ema/, .. instead, each with one safetensors file a process; they load alike.
+    config.json             the resolved config, our version, the step, a CRC-32 of every other file
+    model.safetensors       weights as trained, under the name that the hub expects
+    ema.safetensors         their moving average, which sampling uses where it is present
+    optimizer.safetensors   optimizer moments, only in runs that can be resumed
+    captions.tiktoken       the vocabulary that the text encoder was trained with
 `latest` beside the checkpoints of a run is a text file that names the newest one.
 """
-import contextlib, json, os, shutil, warnings, zlib
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+import zlib
+from collections import defaultdict
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import ROOT, UserError, is_disk_full
+from common import ROOT, Log, UserError, anywhere, is_disk_full, mean_over, peak_memory
+from optim import EMA, Muon
 
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
+# ---------------------------------------------------------------------------- writing
 def crc32(path: Path) -> int:
     value = 0
     with open(path, "rb") as f:
@@ -28,177 +38,379 @@ def crc32(path: Path) -> int:
     return value
 
 
-@contextlib.contextmanager
-def replacing(path, latest: bool = True):
-    """A temporary directory to write into; when the block ends it is synced and takes the place of `path`, all or nothing. UserError when the disk is full;
-    what was saved before stays. latest: the run's pointer names it then."""
-    path = Path(path)
-    tmp, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    try:
-        if old.exists() and not path.exists():
-            old.rename(path)                                # the last save was killed between its two renames
-        for p in (tmp, old):
-            shutil.rmtree(p, ignore_errors=True)
-        tmp.mkdir(parents=True)
-        yield tmp
-        sync(tmp)
-        if path.exists():
-            path.rename(old)
-        tmp.rename(path)
-        sync(path.parent)
-        shutil.rmtree(old, ignore_errors=True)
-        if latest:
-            pointer = path.with_name("latest.tmp")
-            pointer.write_text(path.name)
-            sync(pointer)
-            pointer.rename(path.with_name("latest"))
-    except (OSError, SafetensorError) as e:
-        shutil.rmtree(tmp, ignore_errors=True)
-        if old.exists() and not path.exists():
-            old.rename(path)
-        if is_disk_full(e):
-            raise UserError(f"the disk is full: {path} was not written, older checkpoints are whole; free some space and resume") from e
-        raise
-
-
-def save_checkpoint(path, tensors: dict[str, dict], config: dict, latest: bool = True):
-    """Writes {name}.safetensors for each entry of `tensors` and config.json into the directory `path`, all or nothing."""
-    with replacing(path, latest) as tmp:
-        sums = {}
-        for name, state in tensors.items():
-            file = tmp / f"{name}.safetensors"
-            save_file({k: v.detach().contiguous().cpu() for k, v in state.items()}, file)  # safetensors refuses channels_last
-            sync(file)
-            sums[file.name] = crc32(file)
-        write_config(tmp, config, sums)
-
-
-def write_config(folder: Path, config: dict, sums: dict):
-    (folder / "config.json").write_text(json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1))
-    sync(folder / "config.json")
-
-
 def sync(path: Path):
-    fd = os.open(path, os.O_RDONLY)
+    """Flushes a file, or a directory's entries, to the disk."""
+    if os.name == "nt" and path.is_dir():
+        return                                              # Windows opens no directories
+    fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
 
 
-def resolve(path) -> Path:
-    """A checkpoint directory, or a run's directory (then the one that `latest` names); relative to here or to the repository."""
+def write_whole(path: Path, save):
+    """Calls save(temporary path), then puts the file in place: all of it or nothing."""
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    try:
+        save(temporary)
+        os.chmod(temporary, 0o666 & ~current_umask())       # safetensors writes 0600
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+@contextlib.contextmanager
+def replacing(path, latest: bool = True):
+    """Yields a temporary directory, which takes the place of `path` when the block ends.
+
+    All or nothing: what was saved before stays until then. latest: the run's pointer then names it.
+    UserError where the disk is full.
+    """
     path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    old = path.with_name(path.name + ".old")
+    try:
+        if old.exists() and not path.exists():
+            old.rename(path)                                # killed between its two renames
+        for p in (temporary, old):
+            shutil.rmtree(p, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        sync(temporary)
+        if path.exists():
+            path.rename(old)
+        temporary.rename(path)
+        sync(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+        if latest:
+            write_whole(path.with_name("latest"), lambda file: file.write_text(path.name))
+    except BaseException as e:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        if isinstance(e, (OSError, SafetensorError)) and is_disk_full(e):
+            raise UserError(f"the disk is full: {path} was not written, older checkpoints are "
+                            "whole; free some space and resume") from e
+        raise
+
+
+def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, files=None):
+    """Writes {name}.safetensors for each entry of `tensors`, and config.json, all or nothing.
+
+    tensors: {name: {key: tensor}}; files: {file name: bytes}, further files of the checkpoint.
+    """
+    with replacing(path, latest) as folder:
+        sums = {}
+        for name, state in tensors.items():
+            state = {k: v.detach().contiguous().cpu() for k, v in state.items()}
+            write_whole(folder / f"{name}.safetensors", lambda file, s=state: save_file(s, file))
+            sums[f"{name}.safetensors"] = crc32(folder / f"{name}.safetensors")
+        for name, data in (files or {}).items():
+            write_whole(folder / name, lambda file, d=data: file.write_bytes(d))
+            sums[name] = crc32(folder / name)
+        text = json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1)
+        write_whole(folder / "config.json", lambda file: file.write_text(text))
+
+
+# ---------------------------------------------------------------------------- reading
+def resolve(path) -> Path:
+    """A checkpoint's directory, or a run's (then the one that `latest` names).
+
+    Relative to the working directory, else to the repository.
+    """
+    path = Path(path).expanduser()
     if not path.exists() and (ROOT / path).exists():
-        path = ROOT / path                                  # "assets/ae" from any folder
+        path = ROOT / path                                  # "assets/ae" from any directory
     pointer = path / "latest"
     if pointer.is_file():
-        path = path / pointer.read_text().strip()
-        if not path.exists() and (old := path.with_name(path.name + ".old")).exists():
-            path = old                                      # killed between the two renames of a save
+        name = pointer.read_text(errors="replace").strip()
+        if name != Path(name).name or not name:
+            raise UserError(f"{pointer} is damaged: it should name a directory beside it")
+        path = path / name
+        old = path.with_name(name + ".old")
+        if not path.exists() and old.exists():
+            path = old                                      # killed between two renames of a save
     if not path.is_dir():
-        raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and model.safetensors")
+        raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and "
+                        "model.safetensors")
     return path
 
 
 def read_description(path: Path) -> dict:
-    """Its config.json."""
+    """A checkpoint's config.json."""
+    file = path / "config.json"
     try:
-        return json.loads((path / "config.json").read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} has no config.json: it is not a checkpoint of ours, or a half-written one; use another directory")
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise UserError(f"{path}/config.json is damaged ({e}): use an older checkpoint of the run")
+        raise UserError(f"{path} has no config.json: it is no checkpoint of ours, or a "
+                        "half-written one; use another directory") from None
+    except (ValueError, RecursionError, OSError) as e:
+        raise UserError(f"{file} is damaged ({e}): use an older checkpoint of the run") from None
+    if not isinstance(config, dict) or not isinstance(config.get("crc32", {}), dict):
+        raise UserError(f"{file} is damaged (no table of settings): use an older checkpoint")
+    return config
 
 
-def files_of(path: Path, config: dict, name: str) -> list[Path]:
-    """Of an entry of a checkpoint: its file, or those of its folder; none if it has no such entry."""
-    known = [path / f for f in config.get("crc32", {}) if f == f"{name}.safetensors" or f.startswith(f"{name}/")]
-    return known or [f for f in [path / f"{name}.safetensors"] if f.is_file()]
-
-
-def check_file(path: Path, config: dict, file: Path):
+def check_file(path: Path, config: dict, name: str) -> Path:
+    """The file `name` of a checkpoint. UserError where it is missing or its checksum differs."""
+    file = path / name
     if not file.is_file():
-        raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an older one")
-    expected = config.get("crc32", {}).get(file.relative_to(path).as_posix())
+        raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an "
+                        "older one")
+    expected = config.get("crc32", {}).get(name)
     if expected is not None and crc32(file) != expected:
-        raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older checkpoint of the run")
+        raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older "
+                        "checkpoint of the run")
+    return file
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise UserError(f"{file} is damaged or half-written ({e}): copy it again, or use an older "
+                        "checkpoint") from None
 
 
 def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
-    """Returns (config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
-    UserError when a file is missing, cut short or altered."""
+    """(config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
+
+    UserError where a file is missing, cut short or altered.
+    """
     path = resolve(path)
-    config, out = read_description(path), {}
+    config = read_description(path)
+    state = {}
     for name in names:
-        files = files_of(path, config, name)
-        if not files and name != names[0]:
-            continue
-        for file in files or [path / f"{name}.safetensors"]:
-            check_file(path, config, file)
-        try:
-            if files[0].parent == path:
-                with safe_open(files[0], framework="pt") as f:
-                    out[name] = {k: f.get_tensor(k) for k in f.keys()}
-            else:
-                out[name] = join(files[0].parent)
-        except SafetensorError as e:
-            raise UserError(f"{files[0]} is damaged or half-written ({e}): use an older checkpoint of the run")
-    return config, out
+        file = f"{name}.safetensors"
+        if name == names[0] or file in config.get("crc32", {}):
+            state[name] = read_tensors(check_file(path, config, file))
+    return config, state
 
 
 def hub_folder(source, inside: str, get: str = "") -> Path:
-    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself where that has no such folder. What is no directory is a hub id, and downloaded.
-    UserError in one line; `get` says in it what to download, how large it is, and where to put it."""
-    folder = Path(source)
+    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself.
+
+    What is no directory is taken for a hub id, and downloaded. `get` is added to the error: what to
+    download, how large it is, where to put it.
+    """
+    folder = Path(source).expanduser()
     if not folder.exists():
         try:
-            from huggingface_hub import snapshot_download                                # a dependency of transformers
-            folder = Path(snapshot_download(str(source), allow_patterns=[f"{inside}/*.json", f"{inside}/*.safetensors"]))
-        except Exception as e:
-            raise UserError(f"no directory {source}, and the hub does not give it ({type(e).__name__}): check the name, the network, and for gated models `hf auth login`{'; ' * bool(get)}{get}")
+            from huggingface_hub import snapshot_download  # a dependency of transformers
+
+            patterns = [f"{inside}/*.json", f"{inside}/*.safetensors"]
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
+        except Exception as e:                              # many types: network, hub, files
+            raise UserError(f"no directory {source}, and the hub does not give it "
+                            f"({type(e).__name__}): check the name, the network, and for gated "
+                            f"models `hf auth login`{'; ' * bool(get)}{get}") from None
     return folder / inside if (folder / inside).is_dir() else folder
 
 
-def hub_tensors(folder: Path) -> dict:
-    """All of diffusion_pytorch_model*.safetensors in `folder`, shards together; the fp16 variant only where there is no other."""
+def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of diffusion_pytorch_model*.safetensors; fp16 files only where no others are."""
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
     files = [f for f in files if ".fp16" not in f.name] or files
     if not files:
-        raise UserError(f"{folder} has no diffusion_pytorch_model.safetensors: the download is incomplete (a .bin file is a pickle, which is not read here)")
+        raise UserError(f"{folder} has no diffusion_pytorch_model.safetensors: the download is "
+                        "incomplete (a .bin file is a pickle, which is not read here)")
     state = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as f:
-                state |= {k: f.get_tensor(k) for k in f.keys()}
-        except SafetensorError as e:
-            raise UserError(f"{file} is damaged or half-written ({e}): download it again")
-    return state
-
-
-def join(folder: Path) -> dict:
-    """Whole tensors from the files of several processes."""
-    import torch.distributed.checkpoint as dcp
-    reader = dcp.HuggingFaceStorageReader(folder)
-    state = {k: torch.empty(m.size, dtype=m.properties.dtype) for k, m in reader.read_metadata().state_dict_metadata.items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)        # "assuming the intent is to load in a single process": it is
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        state |= read_tensors(file)
     return state
 
 
 def check_fit(own: dict, state: dict, what: str):
     """UserError names the first key in which two {key: shape} differ."""
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k] != state[k]]
-    if missing or extra or wrong:
-        first = (f"lacks '{missing[0]}'" if missing else f"has an unknown '{extra[0]}'" if extra else
-                 f"'{wrong[0]}' has shape {tuple(state[wrong[0]])}, the config wants {tuple(own[wrong[0]])}")
-        raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+    missing = sorted(own.keys() - state.keys())
+    extra = sorted(state.keys() - own.keys())
+    wrong = [k for k in own if k in state and own[k] != state[k]]
+    if not (missing or extra or wrong):
+        return
+    if missing:
+        first = f"lacks '{missing[0]}'"
+    elif extra:
+        first = f"has an unknown '{extra[0]}'"
+    else:
+        shapes = tuple(state[wrong[0]]), tuple(own[wrong[0]])
+        first = f"'{wrong[0]}' has shape {shapes[0]}, the config wants {shapes[1]}"
+    raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, "
+                    f"{len(extra)} unknown, {len(wrong)} of another shape)")
+
+
+def check_finite(state: dict, what: str):
+    bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
+    if bad:
+        raise UserError(f"{what} holds values that are not finite (first in '{bad[0]}'): use an "
+                        "older checkpoint")
 
 
 def load_into(module: torch.nn.Module, state: dict, what: str):
-    """load_state_dict, with the first difference named in one line."""
-    check_fit({k: v.shape for k, v in module.state_dict().items()}, {k: v.shape for k, v in state.items()}, what)
+    """load_state_dict that names the first difference, or the first NaN, in one line."""
+    own = {k: v.shape for k, v in module.state_dict().items()}
+    check_fit(own, {k: v.shape for k, v in state.items()}, what)
+    check_finite(state, what)
     module.load_state_dict(state)
     return module
+
+
+# ---------------------------------------------------------------------------- runs
+class Run:
+    """A training run that logs, saves, stops on SIGTERM and resumes where it was.
+
+    cfg: has out, steps, log_every, eval_every. parts: modules, EMA and optimizers; each name is a
+    file of the checkpoint. describe: further entries of config.json; files: {name: bytes}, further
+    files of the checkpoint; shown: keys of the printed line, all scalars by default.
+    UserError where cfg.out holds a run of another stage, or one with more steps than cfg.steps:
+    nothing that is finished is replaced by less.
+    """
+
+    def __init__(self, cfg, device, rank=0, world=1, describe=None, files=None, shown=(), **parts):
+        self.cfg = cfg
+        self.device = device
+        self.main = rank == 0
+        self.world = world
+        self.describe = {**asdict(cfg), "stage": type(cfg).__name__, **(describe or {})}
+        self.files = files or {}
+        self.shown = shown
+        self.parts = parts
+        self.out = Path(cfg.out)
+        self.step = 0
+        self.stop = False
+        if (self.out / "latest").exists():
+            self.resume()
+        self.start = self.step
+        self.csv = Log(self.out / "log.csv", cfg.steps, self.start, quiet=not self.main)
+        self.seen = defaultdict(list)
+        self.pictures = 0
+        self.clock = time.time()
+
+    def resume(self):
+        config, state = load_checkpoint(self.out, list(self.parts))
+        where = f"{self.out} (resume)"
+        if config.get("stage") != self.describe["stage"]:
+            raise UserError(f"{self.out} is a run of another stage ({config.get('stage')}): give "
+                            "another out=")
+        if config["step"] > self.cfg.steps:
+            raise UserError(f"{self.out} has {config['step']} steps done and steps="
+                            f"{self.cfg.steps} asks for fewer: it is left as it is; ask for more, "
+                            "or give another out=")
+        for name, part in self.parts.items():
+            if name not in state:
+                raise UserError(f"{self.out} was trained without its {name}: resume with the "
+                                "settings that it began with, or give another out=")
+            if isinstance(part, Muon):
+                check_finite(state[name], where)
+                part.load_tensors(state[name], where)
+            elif isinstance(part, EMA):
+                own = {k: v.shape for k, v in part.state_dict().items()}
+                check_fit(own, {k: v.shape for k, v in state[name].items()}, where)
+                check_finite(state[name], where)
+                part.load_state_dict(state[name], config["ema_steps"])
+            else:
+                load_into(part, state[name], where)
+        self.step = config["step"]
+
+    def steps(self):
+        """Yields the number of each step, from 0, until cfg.steps or SIGTERM."""
+        def on_sigterm(*_):
+            self.stop = True
+
+        previous = signal.signal(signal.SIGTERM, on_sigterm)
+        try:
+            for step in range(self.start, self.cfg.steps):
+                if step % 5 == 0:                           # together: a rank alone would wait
+                    self.stop = anywhere(self.stop, self.world)
+                if self.stop and (step % 5 == 0 or self.world == 1):
+                    return
+                self.step = step + 1
+                yield step
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+
+    def due(self) -> bool:
+        """Whether this step ends with a save and an evaluation."""
+        return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
+
+    def log(self, pictures: int = 0, learners=(), **values):
+        """Notes a step's values; every cfg.log_every steps their means become a row and a line.
+
+        Tensors stay on the device until then. Vectors are columns k0, k1, .. of log.csv alone.
+        nan: no value in this step. Numbers are taken as they are.
+        """
+        self.pictures += pictures * self.world
+        for key, value in values.items():
+            is_tensor = isinstance(value, torch.Tensor)
+            self.seen[key].append(value.detach().float() if is_tensor else value)
+        if self.step % self.cfg.log_every:
+            return
+        row = {}
+        for key, noted in self.seen.items():
+            if not isinstance(noted[-1], torch.Tensor):
+                row[key] = noted[-1]
+                continue
+            mean = torch.stack(noted).nanmean(0)
+            if key == "loss":
+                mean = mean_over(mean, self.world)
+            if mean.ndim:
+                row |= {f"{key}{i}": x for i, x in enumerate(mean.tolist())}
+            else:
+                row[key] = mean.item()
+        vectors = [k for k, v in self.seen.items() if getattr(v[-1], "ndim", 0)]
+        shown = self.shown or [k for k in self.seen if k not in vectors]
+        if self.pictures:
+            row["img/s"] = self.pictures / max(1e-9, time.time() - self.clock)
+        row["mem"] = f"{peak_memory(self.device):.1f}G"
+        self.csv(self.step, row, [*shown, "img/s", "mem"])
+        for learner in learners:
+            trouble = learner.trouble()
+            if trouble and self.main:
+                print(f"step {self.step}: {trouble}", flush=True)
+        self.seen.clear()
+        self.restart_clock()
+
+    def row(self, **values):
+        """A row of log.csv that is not printed, such as a validation's."""
+        self.csv(self.step, values)
+
+    def restart_clock(self):
+        """Call it after an evaluation, whose time is not training's."""
+        self.pictures = 0
+        self.clock = time.time()
+
+    def save(self):
+        """checkpoint/ with all parts, from the first process."""
+        if not self.main:
+            return
+        config = {**self.describe, "step": self.step}
+        tensors = {}
+        for name, part in self.parts.items():
+            tensors[name] = part.tensors() if isinstance(part, Muon) else part.state_dict()
+            if isinstance(part, EMA):
+                config["ema_steps"] = part.steps
+        save_checkpoint(self.out / "checkpoint", tensors, config, files=self.files)
+
+    def finish(self, final: dict, describe=None) -> bool:
+        """Writes final/, weights in fp16, where all steps are done. False after SIGTERM."""
+        if self.step < self.cfg.steps:
+            self.save()
+            if self.main:
+                print(f"stopped by SIGTERM, saved at step {self.step}: run the same command to go "
+                      "on", flush=True)
+            return False
+        check_finite(final, f"the network of {self.out}")
+        half = {k: v.half() if v.is_floating_point() else v for k, v in final.items()}
+        config = {**self.describe, "step": self.step, **(describe or {})}
+        if self.main:
+            save_checkpoint(self.out / "final", {"model": half}, config, False, self.files)
+        return True

@@ -1,5 +1,18 @@
-"""The one shared drawer: errors, config, devices and processes, the log line."""
-import contextlib, csv, ctypes, dataclasses, difflib, errno, json, os, platform, socket, subprocess, sys, time, tomllib
+"""Shared helpers: errors, config, devices, processes, logging."""
+import contextlib
+import csv
+import ctypes
+import dataclasses
+import difflib
+import errno
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+import tomllib
 from pathlib import Path
 
 import torch
@@ -10,14 +23,14 @@ ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
 
 
-# ---------------------------------------------------------------------------- errors that a user can mend
+# ---------------------------------------------------------------------------- errors
 class UserError(Exception):
-    """Bad input: the message says in one line what is wrong and how to mend it."""
+    """Bad input. The message says in one line what is wrong and how to mend it."""
 
 
 @contextlib.contextmanager
 def friendly():
-    """Around every main(): a UserError (or a full disk) ends in one line on stderr and exit status 1, not in a traceback."""
+    """Wraps every main(): an error that a user can mend ends in one line and exit status 1."""
     try:
         yield
     except UserError as e:
@@ -25,96 +38,174 @@ def friendly():
     except KeyboardInterrupt:
         sys.exit("stopped by the keyboard")
     except (OSError, SafetensorError) as e:
-        if not is_disk_full(e):
-            raise
-        sys.exit(f"error: the disk is full ({e}): free some space and run the same command again")
+        if is_disk_full(e):
+            sys.exit(f"error: the disk is full ({e}): free some space, run the same command again")
+        sys.exit(f"error: {e}: check that the path exists and may be read and written")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def is_disk_full(e: Exception) -> bool:
-    return getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(
-        s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
+    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    return any(s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
 
 
-# ---------------------------------------------------------------------------- config: TOML, then key=value
+# ---------------------------------------------------------------------------- config
+def option(default, low=None, high=None, above=None, choices=None):
+    """A dataclass field with the values that it may have.
+
+    low and high are inclusive bounds, above is an exclusive one; choices lists all allowed values.
+    In a list each entry is checked. Every number must be finite, with or without bounds.
+    """
+    allowed = {"low": low, "high": high, "above": above, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=allowed)
+    return dataclasses.field(default=default, metadata=allowed)
+
+
 def fill(obj, values: dict, where: str = "config", prefix: str = ""):
-    """Sets the fields of a (nested) dataclass from a dict. UserError names an unknown key's nearest neighbour, or a wrong type."""
+    """Sets the fields of a nested dataclass from a dict, and returns it.
+
+    UserError names an unknown key and its nearest neighbour, a wrong type, or a value out of range.
+    """
+    if not isinstance(values, dict):
+        raise UserError(f"{where}: '{prefix.rstrip('.')}' is a table of keys, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(obj)}
     for key, value in values.items():
         name = prefix + key
-        if not hasattr(obj, key) or key.startswith("_"):
-            known = [f.name for f in dataclasses.fields(obj)]
-            near = difflib.get_close_matches(key, known, 1, 0.5)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else "known keys: " + ", ".join(known)
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, 1, 0.5)
+            hint = "known keys: " + ", ".join(fields)
+            if near:
+                hint = f"did you mean '{prefix}{near[0]}'?"
             raise UserError(f"{where}: unknown key '{name}'; {hint}")
         old = getattr(obj, key)
         if dataclasses.is_dataclass(old):
-            if not isinstance(value, dict):
-                raise UserError(f"{where}: '{name}' is a table; set its keys, such as {name}.{dataclasses.fields(old)[0].name}=...")
             fill(old, value, where, name + ".")
-            continue
-        if isinstance(old, float) and type(value) is int:
-            value = float(value)
-        if isinstance(old, (list, tuple)) and isinstance(value, (list, tuple)):
-            value = type(old)(value)
-            bad = [v for v in value if old and type(v) is not type(old[0])]
-            if bad:
-                raise UserError(f"{where}: '{name}' wants a list of {type(old[0]).__name__}, got {bad[0]!r} in it")
-        elif type(value) is not type(old):
-            raise UserError(f"{where}: '{name}' wants {type(old).__name__} (like {old!r}), got {value!r}")
-        setattr(obj, key, value)
+        else:
+            value = typed(value, old, name, where)
+            check_range(value, fields[key].metadata, name, where)
+            setattr(obj, key, value)
     return obj
 
 
+def typed(value, old, name: str, where: str):
+    """`value` in the type of the field's present value `old`, or a UserError."""
+    if isinstance(old, float) and type(value) is int:
+        return float(value)
+    if isinstance(old, list) and isinstance(value, (list, tuple)):
+        wrong = [v for v in value if old and type(v) is not type(old[0])]
+        if wrong:
+            kind = type(old[0]).__name__
+            raise UserError(f"{where}: '{name}' wants a list of {kind}, got {wrong[0]!r} in it")
+        return list(value)
+    if type(value) is not type(old):
+        kind = type(old).__name__
+        raise UserError(f"{where}: '{name}' wants {kind} (like {old!r}), got {value!r}")
+    return value
+
+
+def check_range(value, allowed, name: str, where: str):
+    """UserError where a value, or an entry of a list, is outside of what option() allows."""
+    for v in value if isinstance(value, list) else [value]:
+        number = isinstance(v, (int, float)) and not isinstance(v, bool)
+        if number and not math.isfinite(v):
+            raise UserError(f"{where}: '{name}' must be a finite number, got {v}")
+        if number and abs(v) > 2**53:
+            raise UserError(f"{where}: '{name}' is too large: {v}")
+        if allowed.get("low") is not None and v < allowed["low"]:
+            raise UserError(f"{where}: '{name}' wants {allowed['low']} or more, got {v}")
+        if allowed.get("above") is not None and v <= allowed["above"]:
+            raise UserError(f"{where}: '{name}' wants more than {allowed['above']}, got {v}")
+        if allowed.get("high") is not None and v > allowed["high"]:
+            raise UserError(f"{where}: '{name}' wants {allowed['high']} or less, got {v}")
+        if allowed.get("choices") and v not in allowed["choices"]:
+            raise UserError(f"{where}: '{name}' is '{v}': use {', '.join(allowed['choices'])}")
+
+
+def check_config(cfg, where: str = "config"):
+    """Calls check() of a config and of the configs in it: do the fields fit together?"""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            check_config(value, where)
+    if hasattr(cfg, "check"):
+        try:
+            cfg.check()
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
+    return cfg
+
+
 def read_config(cfg, argv: list[str], default: str | None = None):
-    """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`. Returns cfg."""
-    argv, path = list(argv), default
+    """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`."""
+    argv = list(argv)
+    path = default
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: python {Path(sys.argv[0]).name} [--config FILE.toml] [key=value ...]\n\nkeys and their defaults:")
-        print(json.dumps(dataclasses.asdict(cfg), indent=1))
+        print(f"usage: python {Path(sys.argv[0]).name} [--config FILE.toml] [key=value ...]\n")
+        print("keys and their defaults:\n" + json.dumps(dataclasses.asdict(cfg), indent=1))
         sys.exit(0)
     if argv and argv[0].startswith("--config"):
-        first = argv.pop(0)
-        path = first.split("=", 1)[1] if "=" in first else argv.pop(0) if argv else None
+        _, equals, path = argv.pop(0).partition("=")
+        if not equals and argv:
+            path = argv.pop(0)
         if not path:
             raise UserError("--config wants a file, such as --config configs/nano.toml")
     if path:
-        try:
-            fill(cfg, tomllib.loads(Path(path).read_text()), str(path))
-        except FileNotFoundError:
-            raise UserError(f"no config file {path}; there are: " + ", ".join(sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("configs/*.toml"))))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
-            raise UserError(f"{path} is not valid TOML: {e}")
-    for arg in argv:
-        key, eq, text = arg.removeprefix("--").partition("=")
-        if not eq:
-            raise UserError(f"what is '{arg}'? Overrides are written key=value, such as lr=1e-3 or model.depth_mid=2")
-        try:
-            value = tomllib.loads(f"v = {text}")["v"]
-        except tomllib.TOMLDecodeError:
-            value = text                                    # an unquoted string, such as out=runs/a
-        for part in reversed(key.split(".")):
-            value = {part: value}
-        fill(cfg, value, "command line")
-    return cfg
+        fill(cfg, read_toml(path), str(path))
+    for argument in argv:
+        fill(cfg, parse_override(argument), "command line")
+    return check_config(cfg, str(path or "command line"))
+
+
+def read_toml(path) -> dict:
+    """A TOML file; a relative path is looked up here, then in the repository."""
+    path = Path(path).expanduser()
+    if not path.exists() and (ROOT / path).is_file():
+        path = ROOT / path
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        known = ", ".join(sorted(f"configs/{p.name}" for p in ROOT.glob("configs/*.toml")))
+        raise UserError(f"no config file {path}; there are: {known}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+        raise UserError(f"{path} is not valid TOML: {e}") from None
+
+
+def parse_override(argument: str) -> dict:
+    """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
+    key, equals, text = argument.removeprefix("--").partition("=")
+    if not equals:
+        raise UserError(f"what is '{argument}'? Overrides are written key=value, such as lr=1e-3 "
+                        "or model.depth_mid=2")
+    try:
+        value = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        value = text                                    # an unquoted string, such as out=runs/a
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value
 
 
 # ---------------------------------------------------------------------------- devices and processes
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, else Apple's MPS, else CPU. UserError where the one asked for is not there."""
+    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the device is not there."""
+    has_cuda = torch.cuda.is_available()
+    has_mps = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if (name.startswith("cuda") and not torch.cuda.is_available()) or (name == "mps" and not torch.backends.mps.is_available()):
-        raise UserError(f"device '{name}' is not available here; use device=cpu, or leave it at auto")
+        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+    if (name.startswith("cuda") and not has_cuda) or (name == "mps" and not has_mps):
+        raise UserError(f"device '{name}' is not available here; use cpu, or leave it at auto")
     try:
         return torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps")
+        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
 
 
 def setup(device: str = "auto") -> tuple[torch.device, int, int]:
-    """Device, rank, world size. Joins the process group when torchrun started us; else (device, 0, 1)."""
+    """(device, rank, world size). Joins the process group where torchrun started us."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     dev = pick_device(device)
     if world > 1:
@@ -123,31 +214,15 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
             torch.cuda.set_device(dev)
         dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     if dev.type == "cuda":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
     else:
         keep_memory_mapped()
     return dev, (dist.get_rank() if world > 1 else 0), world
 
 
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def start_others(processes: int):
-    """On a CPU: starts this very command as ranks 1 .. processes-1 and makes us rank 0, with an equal share of the cores each. Small networks gain
-    more from processes than from threads, which wait for each other after every operation (LOG.md)."""
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(processes), "OMP_NUM_THREADS": str(threads)}
-    for rank in range(1, processes):                        # they say nothing: an error of theirs breaks the group, and so shows in ours
-        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    os.environ["RANK"] = "0"
-    torch.set_num_threads(threads)
-
-
 def anywhere(flag: bool, world: int) -> bool:
-    """True on all ranks where it is on one: they leave a loop together, or the others would wait for ever."""
+    """True on all ranks where it is True on one. Ranks must leave a loop together, or one waits."""
     if world == 1:
         return flag
     flags = [None] * world
@@ -156,107 +231,166 @@ def anywhere(flag: bool, world: int) -> bool:
 
 
 def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
-    """The mean of the processes' values."""
-    if world > 1:
-        dist.all_reduce(x)
+    """The mean of a tensor over the processes."""
+    if world == 1:
+        return x
+    x = x.clone()
+    dist.all_reduce(x)
     return x / world
 
 
 def use_bfloat16(amp: str, device: torch.device) -> bool:
-    """amp: bfloat16, float32, or auto: bfloat16 on CUDA and on CPUs with instructions for it (twice as fast in training; elsewhere many times slower)."""
-    if amp not in ("auto", "bfloat16", "float32"):
-        raise UserError(f"amp '{amp}': use auto, bfloat16 or float32")
-    if amp == "auto" and device.type == "cpu":
-        with contextlib.suppress(OSError):                  # /proc is Linux's
-            return any(flag in Path("/proc/cpuinfo").read_text() for flag in ("avx512_bf16", "amx_bf16"))
-    return amp == "bfloat16" or (amp == "auto" and device.type == "cuda")
+    """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions.
+
+    There it doubles the speed of training; on a CPU that only imitates it, it is many times slower.
+    """
+    if amp != "auto":
+        return amp == "bfloat16"
+    if device.type == "cpu":
+        with contextlib.suppress(OSError):              # /proc is Linux's
+            flags = Path("/proc/cpuinfo").read_text()
+            return "avx512_bf16" in flags or "amx_bf16" in flags
+    return device.type == "cuda"
+
+
+def autocast(device: torch.device, on: bool):
+    """Context manager: bfloat16 autocast where `on`."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
 
 def attention(q, k, v, mask=None):
-    """scaled_dot_product_attention, but in fp32 on a CPU even under autocast: its backward pass in bfloat16 is nine times slower there."""
+    """scaled_dot_product_attention, in fp32 on a CPU even under autocast.
+
+    Its backward pass in bfloat16 is nine times slower there.
+    """
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
-            return torch.nn.functional.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=mask).type_as(v)
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+            return sdpa(q.float(), k.float(), v.float(), attn_mask=mask).type_as(v)
+    return sdpa(q, k, v, attn_mask=mask)
 
 
 def keep_memory_mapped():
-    """glibc hands big buffers back to the system after every op, and page faults then dominate CPU runs: tell it to keep them, and PyTorch to ask for pages of 2 MiB."""
+    """Tells glibc to keep freed memory, and PyTorch to ask for pages of 2 MiB.
+
+    Otherwise big buffers go back to the system after every operation, and page faults dominate.
+    """
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, -1)                                # M_TRIM_THRESHOLD: never
-        libc.mallopt(-4, 0)                                 # M_MMAP_MAX: no buffer of its own mapping, which free() would unmap
+        libc.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: never
+        libc.mallopt(-4, 0)                             # M_MMAP_MAX: no buffer is mapped by itself
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB: of CUDA's allocator, or of the whole process."""
+    """GiB: CUDA's allocator, or the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:
-        import resource                                     # not on Windows
+        import resource  # not on Windows
     except ImportError:
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def provenance(seed: int = 0) -> dict:
-    """What stands beside every measured figure: commit ("+" where files differ from it, docs/ aside), machine, versions, date, seed."""
-    git = lambda *a: subprocess.run(["git", "-C", str(ROOT), *a], capture_output=True, text=True).stdout.strip()
-    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
-    if not torch.cuda.is_available() and Path("/proc/cpuinfo").exists():
-        name = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    return {"commit": git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "--", ":!docs")), "machine": f"{name}, {os.cpu_count()} CPU cores",
-            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
+    """Where a measured number comes from: commit ("+" = changed files), machine, versions, date."""
+    commit = git("rev-parse", "--short", "HEAD")
+    if git("status", "--porcelain", "-uno", "--", ":!docs"):
+        commit += "+"
+    return {
+        "commit": commit,
+        "machine": f"{processor()}, {os.cpu_count()} CPU cores",
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+        "seed": seed,
+    }
+
+
+def git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""                                       # git is not installed
+
+
+def processor() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
 
 
 # ---------------------------------------------------------------------------- log
 class Log:
-    """Prints the log line and appends it to a CSV: `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`.
-    Rows after `start` (written before an interruption, then repeated) are cut."""
+    """Prints the log line and keeps all rows in a CSV file.
+
+    `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`
+    Rows after `start` were written before an interruption and are about to be repeated: dropped.
+    """
 
     def __init__(self, path, total: int, start: int = 0, quiet: bool = False):
-        self.path, self.total, self.quiet, self.begin, self.first = Path(path), total, quiet, time.time(), start
-        if quiet:
-            return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows = [r for r in read_log(self.path) if int(r["step"]) <= start] if start else []
-        self.write()
+        self.path = Path(path)
+        self.total = total
+        self.first = start
+        self.begin = time.time()
+        self.quiet = quiet
+        self.rows = []
+        if not quiet:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            if start:
+                self.rows = [r for r in read_log(self.path) if int(r["step"]) <= start]
+            self.write()
 
     def write(self):
-        fields = list(dict.fromkeys(k for r in self.rows for k in r))
-        tmp = self.path.with_suffix(".tmp")
-        with open(tmp, "w", newline="") as f:
+        fields = list(dict.fromkeys(k for row in self.rows for k in row))
+        temporary = self.path.with_suffix(".tmp")
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
             writer = csv.DictWriter(f, fields)
             writer.writeheader()
             writer.writerows(self.rows)
-        tmp.rename(self.path)
+        os.replace(temporary, self.path)
 
-    def __call__(self, step: int, show: bool = True, **values):
+    def __call__(self, step: int, values: dict, shown=()):
+        """Adds a row; prints those values whose key is in `shown`."""
         if self.quiet:
             return
         self.rows.append({"step": step, **values})
         self.write()
-        if show:
-            left = (time.time() - self.begin) / max(1, step - self.first) * (self.total - step)
-            parts = [f"step {step}/{self.total} ({100 * step // self.total}%)"] + [f"{k} {short(k, v)}" for k, v in values.items()]
+        if shown:
+            done = max(1, step - self.first)
+            left = (time.time() - self.begin) / done * (self.total - step)
+            parts = [f"step {step}/{self.total} ({100 * step // self.total}%)"]
+            parts += [f"{k} {short(k, values[k])}" for k in shown if k in values]
             print(" | ".join(parts + [f"eta {clock(left)}"]), flush=True)
 
 
 def read_log(path) -> list[dict]:
+    """Rows of a log.csv; [] where there is none. A row without a step (cut short) is dropped."""
     path = Path(path)
     if not path.exists():
         return []
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    with open(path, newline="", encoding="utf-8") as f:
+        return [row for row in csv.DictReader(f) if (row.get("step") or "").isdigit()]
 
 
-def short(key: str, v) -> str:
-    if not isinstance(v, float):
-        return str(v)
-    return f"{v:.1e}" if key == "lr" else f"{v:.0f}" if v >= 100 else f"{v:.4f}" if "loss" in key or key == "val" else f"{v:.2f}"
+def short(key: str, value) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    if key == "lr":
+        return f"{value:.1e}"
+    if "loss" in key:
+        return f"{value:.4f}"
+    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
 def clock(seconds: float) -> str:
     s = int(seconds)
-    return f"{s}s" if s < 90 else f"{s // 60}m" if s < 5400 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+    if s < 90:
+        return f"{s}s"
+    return f"{s // 60}m" if s < 5400 else f"{s // 3600}h{s % 3600 // 60:02d}m"

@@ -1,193 +1,300 @@
-"""The optimiser (Muon for matrices, AdamW for the rest), the moving average of the weights, and how both go into a checkpoint.
+"""Muon and AdamW in one optimizer, the average of the weights, and a training step for both.
 
-Muon (Keller Jordan et al. 2024, MIT licence) replaces the gradient's momentum M by the nearest matrix with orthonormal rows or columns, so that
-all directions of a weight learn at one pace. After equal steps of short runs its loss is clearly lower than AdamW's (LOG.md).
+Muon (Keller Jordan et al. 2024, MIT licence) replaces a matrix gradient's momentum by the nearest
+matrix with orthonormal rows or columns, so that all directions of a weight learn at one pace.
+After equal steps of short runs its loss is clearly lower than AdamW's (LOG.md).
+
+Nothing here waits for the device: whether a gradient is finite is a tensor `ok` on the device, and
+where it is False all weights, moments and counts keep their values.
 """
-import contextlib, functools
+import contextlib
+import functools
+import math
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
-from torch.distributed.tensor import DTensor
 
-from common import use_bfloat16
-
-
-def rows(x):
-    """Of a tensor whose rows are cut over processes (shard.py), this one's rows; any other tensor as it is. They share memory."""
-    return x.to_local() if isinstance(x, DTensor) else x
+from common import UserError, use_bfloat16
 
 
-@functools.cache                                                     # by device
-def precision(device) -> torch.dtype:
-    """Of Newton-Schulz: bfloat16 where the device computes in it; where a CPU only imitates it, that takes 20 times as long as fp32 (LOG.md)."""
+def rate(cfg, step: int) -> float:
+    """Share of the peak learning rate: linear warm-up over cfg.warmup steps, cosine to 1e-4."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) + 1e-4
+    return min((step + 1) / cfg.warmup, cosine)
+
+
+# ---------------------------------------------------------------------------- Muon
+@functools.cache
+def muon_precision(device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it; imitated, it takes 20 times as long (LOG.md)."""
     return torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
 
 
 @torch.no_grad()
-def orthogonalise(Ms):
-    """Of each of a list of matrices about U V^T of its singular value decomposition, by five Newton-Schulz steps (Jordan's coefficients). Those of one
-    shape go together: on a GPU a small network would wait for the launches of so many small products."""
-    alike, out = {}, [None] * len(Ms)
-    for i, M in enumerate(Ms):
+def orthogonalise(matrices: list) -> list:
+    """Each matrix U S V^T becomes about U V^T, by five Newton-Schulz steps.
+
+    The coefficients are Jordan's. Matrices of one shape go through together: on a GPU a small
+    network would otherwise wait for the launches of many small products.
+    """
+    out = [None] * len(matrices)
+    alike = {}
+    for i, M in enumerate(matrices):
         alike.setdefault((min(M.shape), max(M.shape)), []).append(i)
     for indices in alike.values():
-        X = torch.stack([Ms[i] if Ms[i].shape[0] <= Ms[i].shape[1] else Ms[i].T for i in indices])   # (k, m, n), m the small side
-        X = (X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)).to(precision(X.device))
+        wide = [M if M.shape[0] <= M.shape[1] else M.T for M in (matrices[i] for i in indices)]
+        X = torch.stack(wide)                                   # (k, m, n), m <= n
+        X = X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)
+        X = X.to(muon_precision(X.device))
         for _ in range(5):
-            A = X @ X.mT                                             # (k, m, m)
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315), X, beta=3.4445)
-        for i, x in zip(indices, X):
-            out[i] = x if Ms[i].shape[0] <= Ms[i].shape[1] else x.T
+            A = X @ X.mT                                        # (k, m, m)
+            B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+            X = torch.baddbmm(X, B, X, beta=3.4445)             # (k, m, n)
+        for i, x in zip(indices, X, strict=True):
+            out[i] = x if matrices[i].shape[0] <= matrices[i].shape[1] else x.T
     return out
 
 
-def orthogonalise_all(grads):
-    """orthogonalise() of each of a list of matrices. With several processes each does its share of them and sends it to the others."""
-    world, rank = (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
-    order, out = sorted(range(len(grads)), key=lambda i: -grads[i].numel()), [None] * len(grads)
-    mine = dict(zip(order[rank::world], orthogonalise([grads[i] for i in order[rank::world]])))
-    for r in range(world):
-        indices, sizes = order[r::world], [grads[i].numel() for i in order[r::world]]
-        if world > 1:
-            flat = torch.cat([mine[i].flatten() for i in indices]) if r == rank else torch.empty(sum(sizes), dtype=precision(grads[0].device), device=grads[0].device)
-            dist.broadcast(flat.view(torch.uint8), r)       # as bytes: not every backend knows bfloat16
-            mine |= {i: part.view_as(grads[i]) for i, part in zip(indices, flat.split(sizes))}
-        for i in indices:
-            out[i] = mine[i]
-    return out
-
-
-def orthogonalise_rows(parts, heights):
-    """The same for matrices of heights[i] rows that are cut over the processes as FSDP2 cuts them, in chunks of ceil(height / world): parts[i] (m, n) are this
-    process' rows. All rows of a matrix travel to the one process that does it, and the result's rows travel back, all matrices in one exchange each way."""
+def orthogonalise_shared(matrices: list) -> list:
+    """orthogonalise(); of several processes each does its share and sends it to the others."""
+    if not dist.is_initialized():
+        return orthogonalise(matrices)
     world, rank = dist.get_world_size(), dist.get_rank()
-    order = sorted(range(len(parts)), key=lambda i: -heights[i] * parts[i].shape[1])
-    owned = [order[r::world] for r in range(world)]
-
-    def count(i, r):                                                 # numbers of matrix i that lie on process r
-        chunk = -(-heights[i] // world)
-        return min(chunk, max(0, heights[i] - r * chunk)) * parts[i].shape[1]
-    there = [sum(count(i, rank) for i in owned[r]) for r in range(world)]      # of my rows, those that r does
-    here = [sum(count(i, r) for i in owned[rank]) for r in range(world)]       # of r's rows, those that I do
-    sent = torch.cat([parts[i].flatten() for r in range(world) for i in owned[r]])
-    received = sent.new_empty(sum(here))
-    dist.all_to_all_single(received, sent, here, there)
-    chunks = [dict(zip(owned[rank], c.split([count(i, r) for i in owned[rank]]))) for r, c in enumerate(received.split(here))]
-    whole = orthogonalise([torch.cat([c[i] for c in chunks]).view(heights[i], -1) for i in owned[rank]])
-    whole = {i: u.float().flatten() for i, u in zip(owned[rank], whole)}     # fp32: not every backend knows bfloat16
-    pieces = {i: u.split([count(i, r) for r in range(world)]) for i, u in whole.items()}
-    back = torch.cat([received[:0]] + [pieces[i][r] for r in range(world) for i in owned[rank]])
-    dist.all_to_all_single(sent, back, there, here)
-    out = dict(zip([i for r in range(world) for i in owned[r]], sent.split([count(i, rank) for r in range(world) for i in owned[r]])))
-    return [out[i].view_as(p) for i, p in enumerate(parts)]
+    largest_first = sorted(range(len(matrices)), key=lambda i: -matrices[i].numel())
+    shares = [largest_first[r::world] for r in range(world)]
+    mine = orthogonalise([matrices[i] for i in shares[rank]])
+    out = [None] * len(matrices)
+    for r, share in enumerate(shares):
+        sizes = [matrices[i].numel() for i in share]
+        if r == rank:
+            flat = torch.cat([u.flatten() for u in mine])
+        else:
+            device = matrices[0].device
+            flat = torch.empty(sum(sizes), dtype=muon_precision(device), device=device)
+        dist.broadcast(flat.view(torch.uint8), r)   # as bytes: not every backend knows bfloat16
+        for i, part in zip(share, flat.split(sizes), strict=True):
+            out[i] = part.view_as(matrices[i])
+    return out
 
 
 class Muon(torch.optim.Optimizer):
-    """Matrices (pointwise and dense convolutions as (C_out, C_in*k*k), linears) by Muon with `muon_lr`; embeddings, depthwise kernels, norms and
-    biases by AdamW with `lr`. muon_lr=0: AdamW for all. Decoupled weight decay on everything with two dimensions or more.
-    Each group keeps its peak rate as group["peak"]: a schedule sets group["lr"] = group["peak"] * factor."""
+    """Muon with `muon_lr` for matrices, AdamW with `lr` for everything else.
 
-    def __init__(self, module: nn.Module, lr: float, muon_lr: float = 0.0, weight_decay: float = 0.01, betas=(0.9, 0.99)):
-        tables = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        groups = {"muon": [], "decay": [], "rest": []}
+    Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
+    norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
+    more decay (decoupled). Each group keeps its peak rate as group["peak"].
+    """
+
+    def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99)):
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        params = {"muon": [], "decay": [], "rest": []}
         for p in module.parameters():
-            matrix = p.ndim > 1 and min(p.shape[0], p.numel() // p.shape[0]) >= 16 and id(p) not in tables
-            groups["muon" if matrix and muon_lr else "decay" if p.ndim > 1 else "rest"].append(p)
-        super().__init__([dict(params=ps, muon=name == "muon", lr=muon_lr if name == "muon" else lr, peak=muon_lr if name == "muon" else lr,
-                               weight_decay=0.0 if name == "rest" else weight_decay) for name, ps in groups.items() if ps], dict(betas=betas))
+            matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and id(p) not in embeddings
+            kind = "muon" if matrix and muon_lr else "decay" if p.ndim > 1 else "rest"
+            params[kind].append(p)
+        groups = []
+        for kind in [k for k in params if params[k]]:
+            peak = muon_lr if kind == "muon" else lr
+            decay = 0.0 if kind == "rest" else weight_decay
+            group = {"params": params[kind], "muon": kind == "muon", "lr": peak, "peak": peak}
+            groups.append({**group, "weight_decay": decay})
+        super().__init__(groups, {"betas": betas})
+        device = next(module.parameters()).device
+        self.count = torch.zeros((), device=device)             # steps that were not skipped
 
     def schedule(self, factor: float):
+        """Sets the learning rates to this share of their peaks."""
         for group in self.param_groups:
             group["lr"] = group["peak"] * factor
 
-    def states(self, group, params):
-        """The moments of parameters, zeros at first; those of a sharded one are sharded as it is."""
+    def moments(self, group, params) -> list[dict]:
+        """The parameters' moments, zero at first."""
         for p in params:
-            if ("momentum" if group["muon"] else "step") not in self.state[p]:
-                self.state[p].update({"momentum": torch.zeros_like(p)} if group["muon"] else {"step": torch.tensor(0.0), "m": torch.zeros_like(p), "v": torch.zeros_like(p)})
+            for name in ("momentum",) if group["muon"] else ("m", "v"):
+                if name not in self.state[p]:
+                    self.state[p][name] = torch.zeros_like(p)
         return [self.state[p] for p in params]
 
     @torch.no_grad()
-    def step(self):
+    def step(self, ok: torch.Tensor | None = None):
+        """One step; `ok` () bool on the device: where it is False, nothing changes."""
+        keep = torch.ones_like(self.count) if ok is None else ok.float()
+        self.count += keep
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
             if not params:
                 continue
-            lr, (b1, b2), states = group["lr"], group["betas"], self.states(group, params)
-            values, grads = [rows(p) for p in params], [rows(p.grad) for p in params]
-            torch._foreach_mul_(values, 1 - lr * group["weight_decay"])
-            if group["muon"]:
-                momenta = [rows(s["momentum"]) for s in states]
-                torch._foreach_lerp_(momenta, grads, 0.05)
-                ahead = [x.flatten(1) for x in torch._foreach_lerp(grads, momenta, 0.95)]     # Nesterov's look ahead
-                heights = [p.shape[0] for p in params]
-                directions = orthogonalise_rows(ahead, heights) if isinstance(params[0], DTensor) else orthogonalise_all(ahead)
-                for v, g, u, height in zip(values, ahead, directions, heights):
-                    v.add_(u.view_as(v), alpha=-lr * max(1, height / g.shape[1]) ** 0.5)
-                continue
-            ms, vs = [rows(s["m"]) for s in states], [rows(s["v"]) for s in states]
-            for s in states:
-                s["step"] += 1
-            t = states[0]["step"].item()
-            torch._foreach_lerp_(ms, grads, 1 - b1)
-            torch._foreach_mul_(vs, b2)
-            torch._foreach_addcmul_(vs, grads, grads, 1 - b2)
-            root = torch._foreach_sqrt(vs)
-            torch._foreach_div_(root, (1 - b2**t) ** 0.5)
-            torch._foreach_add_(root, 1e-8)
-            torch._foreach_addcdiv_(values, ms, root, -lr / (1 - b1**t))
+            grads = [p.grad for p in params]
+            if ok is not None:
+                for g in grads:
+                    g.masked_fill_(~ok, 0.0)
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
+            update = self.muon_update if group["muon"] else self.adam_update
+            update(group, params, grads, keep)
 
-    def tensors(self) -> dict:
-        """{"3.momentum": tensor, ...}: the state as safetensors takes it."""
-        return {f"{i}.{k}": v for i, s in self.state_dict()["state"].items() for k, v in s.items()}
+    def muon_update(self, group, params, grads, keep):
+        momenta = [s["momentum"] for s in self.moments(group, params)]
+        torch._foreach_mul_(momenta, 1 - 0.05 * keep)
+        torch._foreach_add_(momenta, grads, alpha=0.05)         # grads are 0 where keep is 0
+        ahead = torch._foreach_lerp(grads, momenta, 0.95)       # Nesterov's look ahead
+        matrices = [x.flatten(1) for x in ahead]                # (C_out, C_in*k*k)
+        for p, M, U in zip(params, matrices, orthogonalise_shared(matrices), strict=True):
+            size = max(1, M.shape[0] / M.shape[1]) ** 0.5
+            p.add_(U.view_as(p) * keep, alpha=-group["lr"] * size)
 
-    def allocate(self):
-        """Moments for all parameters, for shard.load to fill."""
+    def adam_update(self, group, params, grads, keep):
+        states = self.moments(group, params)
+        first, second = [s["m"] for s in states], [s["v"] for s in states]
+        b1, b2 = group["betas"]
+        torch._foreach_mul_(first, 1 - (1 - b1) * keep)
+        torch._foreach_add_(first, grads, alpha=1 - b1)
+        torch._foreach_mul_(second, 1 - (1 - b2) * keep)
+        torch._foreach_addcmul_(second, grads, grads, 1 - b2)
+        n = self.count.clamp(min=1)
+        root = torch._foreach_sqrt(second)
+        torch._foreach_div_(root, (1 - b2**n).sqrt())
+        torch._foreach_add_(root, 1e-8)
+        change = torch._foreach_mul(first, -group["lr"] * keep / (1 - b1**n))
+        torch._foreach_addcdiv_(params, change, root)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """{"count": .., "3.momentum": .., ...}: the state as safetensors takes it."""
+        state = self.state_dict()["state"]
+        flat = {f"{i}.{name}": x for i, moments in state.items() for name, x in moments.items()}
+        return {"count": self.count, **flat}
+
+    def load_tensors(self, tensors: dict, what: str = "optimizer"):
+        """The reverse of tensors(). UserError where keys or shapes are another network's."""
+        shapes, index = {}, 0
         for group in self.param_groups:
-            self.states(group, group["params"])
-        return self.tensors()
-
-    def load_tensors(self, tensors: dict):
+            for p in group["params"]:
+                for name in ("momentum",) if group["muon"] else ("m", "v"):
+                    shapes[f"{index}.{name}"] = p.shape
+                index += 1
+        unknown = [k for k in tensors if k != "count" and k not in shapes]
+        wrong = [k for k in shapes if k in tensors and tensors[k].shape != shapes[k]]
+        if unknown or wrong or "count" not in tensors:
+            first = (unknown + wrong + ["count"])[0]
+            raise UserError(f"{what} belongs to another network or optimizer ('{first}' does not "
+                            "fit): resume with the settings that the run began with, or give "
+                            "another out=")
         state = {}
-        for key, value in tensors.items():
-            index, name = key.split(".")
-            state.setdefault(int(index), {})[name] = value
-        self.load_state_dict({"state": state, "param_groups": self.state_dict()["param_groups"]})
+        for key in tensors.keys() - {"count"}:
+            i, name = key.split(".")
+            state.setdefault(int(i), {})[name] = tensors[key]
+        groups = self.state_dict()["param_groups"]
+        self.load_state_dict({"state": state, "param_groups": groups})
+        self.count.copy_(tensors["count"])
 
 
+# ---------------------------------------------------------------------------- the average
 class EMA:
-    """Exponential moving average of a module's parameters in fp32, sharded where they are. The decay warms up, so that short runs are averaged over their own length."""
+    """Exponential moving average of a module's parameters, in fp32 and without bias.
 
-    def __init__(self, module: torch.nn.Module, decay: float):
-        self.decay, self.steps = decay, 0
-        self.names = [n for n, _ in module.named_parameters()]
-        self.source = [p for _, p in module.named_parameters()]
-        self.shadow = [p.detach().float().clone() for p in self.source]
+    After n updates it is sum_k decay^(n-k) w_k over the sum of these weights, as Adam's moments
+    are corrected: the first update already gives w_1, and the window is min(n, 1 / (1 - decay)).
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.decay = decay
+        self.source = dict(module.named_parameters())
+        self.average = {k: p.detach().float().clone() for k, p in self.source.items()}
+        self.count = torch.zeros((), dtype=torch.float64, device=next(module.parameters()).device)
+        if self.count.device.type == "mps":
+            self.count = self.count.float()
+
+    @property
+    def steps(self) -> int:
+        return int(self.count)
 
     @torch.no_grad()
-    def update(self):
-        self.steps += 1
-        decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_([rows(s) for s in self.shadow], [rows(p.detach()).float() for p in self.source], 1 - decay)
+    def update(self, ok: torch.Tensor | None = None):
+        """Moves towards the module's weights; `ok`: see Muon.step."""
+        keep = torch.ones_like(self.count) if ok is None else ok.to(self.count.dtype)
+        self.count += keep
+        share = keep * (1 - self.decay) / (1 - self.decay ** self.count.clamp(min=1))
+        share = share.float()
+        average = list(self.average.values())
+        torch._foreach_mul_(average, 1 - share)
+        now = [p.detach().float() for p in self.source.values()]
+        torch._foreach_add_(average, torch._foreach_mul(now, share))
 
-    def state_dict(self) -> dict:
-        return dict(zip(self.names, self.shadow))
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return self.average
 
     def load_state_dict(self, state: dict, steps: int):
-        self.steps = steps
-        for name, shadow in zip(self.names, self.shadow):
-            shadow.copy_(state[name])
+        for name, average in self.average.items():
+            average.copy_(state[name])
+        self.count.fill_(steps)
 
     @contextlib.contextmanager
     def swapped(self):
         """Inside, the module holds the averaged weights; afterwards its own again."""
-        raw = [p.detach().clone() for p in self.source]
-        with torch.no_grad():
-            for p, s in zip(self.source, self.shadow):
-                p.copy_(s)
-            try:
-                yield
-            finally:
-                for p, r in zip(self.source, raw):
-                    p.copy_(r)
+        own = {k: p.detach().clone() for k, p in self.source.items()}
+        try:
+            self.put(self.average)
+            yield
+        finally:
+            self.put(own)
+
+    @torch.no_grad()
+    def put(self, values: dict):
+        for name, p in self.source.items():
+            p.copy_(values[name])
+
+
+# ---------------------------------------------------------------------------- one step
+class Learner:
+    """A module and its optimizer: one clipped step, skipped where the gradient is not finite.
+
+    Skips are counted on the device and read by trouble(), which the log calls when it is due.
+    """
+
+    def __init__(self, module: nn.Module, opt: Muon, clip: float, ema: EMA | None = None):
+        self.module = module
+        self.opt = opt
+        self.clip = clip
+        self.ema = ema
+        self.names = []                                         # of parameters with a gradient
+        device = next(module.parameters()).device
+        self.skipped = torch.zeros((), dtype=torch.long, device=device)
+        self.in_a_row = torch.zeros_like(self.skipped)
+        self.culprit = torch.full_like(self.skipped, -1)        # the first parameter that was bad
+        self.reported = 0
+
+    def step(self) -> torch.Tensor:
+        """Clips the gradient's norm, steps, averages, clears the gradient. Returns the norm ()."""
+        grads = {n: p.grad for n, p in self.module.named_parameters() if p.grad is not None}
+        self.names = list(grads)
+        norms = torch.stack(torch._foreach_norm(list(grads.values())))          # (parameters,)
+        norm = torch.linalg.vector_norm(norms)
+        ok = torch.isfinite(norm)
+        scale = (self.clip / (norm + 1e-6)).clamp(max=1)
+        torch._foreach_mul_(list(grads.values()), scale)
+        self.opt.step(ok)
+        if self.ema:
+            self.ema.update(ok)
+        self.opt.zero_grad(set_to_none=True)
+
+        self.skipped += ~ok
+        self.in_a_row.add_(1).mul_(~ok)
+        bad = (~torch.isfinite(norms)).long().argmax()
+        self.culprit = torch.where(ok, self.culprit, bad)
+        return norm
+
+    def trouble(self) -> str:
+        """What was skipped since the last call, in one line, or "".
+
+        UserError after 20 steps in a row without a finite gradient.
+        """
+        skipped = int(self.skipped)
+        if skipped == self.reported:
+            return ""
+        new, self.reported = skipped - self.reported, skipped
+        line = (f"{new} steps skipped, their gradient was not finite (first in "
+                f"{self.names[int(self.culprit)]}); {skipped} so far")
+        if int(self.in_a_row) >= 20:
+            raise UserError(f"{line}, the last {int(self.in_a_row)} in a row: lower lr, or set "
+                            "amp=float32; the last good checkpoint is kept")
+        return line
