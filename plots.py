@@ -19,8 +19,7 @@ def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image
     wide = max(8, w // 6)       # characters
     wrapped = [[c[k:k + wide] for k in range(0, len(c), wide)][:3] for c in captions]
     line, border = 13, 4
-    cell_w = w + border
-    cell_h = h + line * max(map(len, wrapped), default=0) + border
+    cell_w, cell_h = w + border, h + line * max(map(len, wrapped), default=0) + border
     sheet = Image.new("RGB", (columns * cell_w + border, rows * cell_h + border), "white")
     draw = ImageDraw.Draw(sheet)
     resample = Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BILINEAR
@@ -52,11 +51,12 @@ def chart(panels: list[Panel], out):
     from matplotlib.ticker import LogLocator
     figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels):
+    for ax, panel in zip(axes, panels, strict=True):
         for line in panel.lines:
             points = [p for p in line.points if np.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
             if points:
-                ax.plot(*zip(*points), ".-", markersize=3, color=line.colour, label=line.label)
+                x, y = zip(*points, strict=True)
+                ax.plot(x, y, ".-", markersize=3, color=line.colour, label=line.label)
         if panel.log:
             ax.set_yscale("log", subs=[])
             ax.yaxis.set(major_locator=LogLocator(subs=(1, 2, 5)), major_formatter="{x:g}")
