@@ -1,15 +1,22 @@
-"""Captions to text states: a byte-level BPE in tiktoken's format and a small transformer that is trained with the UNet.
+"""Captions to text states: a byte-level BPE in tiktoken's format and a small transformer encoder.
 
-    python text.py --train-bpe          learns assets/captions.tiktoken from the captions of scenes (once)
-    python text.py "a red car"          shows the tokens
+    python text.py "a red car"          shows the tokens of a caption
     python text.py --sizes              what the published encoders weigh
+    python text.py --train-bpe          learns assets/captions.tiktoken from scenes (once)
 
-B batch | L tokens | D width. The interface is `Text`: any encoder that returns one will do. `load_encoders` gives the published ones, frozen:
-CLIP-L + CLIP-bigG + Gemma-2-2B as in SnapGen (paper.md, section 3), CLIP-L + CLIP-bigG + T5-XXL as in SD3, CLIP-L alone for class names.
+B batch | L tokens | D width | P pooled width. A denoiser reads a `Text`: any encoder that returns
+one will do. `load_encoders` gives the published ones, frozen: CLIP-L + CLIP-bigG + Gemma-2-2B as
+in SnapGen (docs/PAPER.md, section 3), CLIP-L + CLIP-bigG + T5-XXL as in SD3, and CLIP-L alone for
+class names.
 """
-import base64, functools, gc, random, re, sys
+import base64
+import functools
+import gc
+import random
+import re
+import sys
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,247 +25,340 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ASSETS, UserError, attention, friendly, pick_device
+from common import ASSETS, UserError, attention, friendly, option, pick_device
 
 VOCABULARY = ASSETS / "captions.tiktoken"
 PATTERN = r" ?[^\s\d]+| ?\d|\s+"            # a word or a digit, with the blank before it
 
 
+class Tokens(NamedTuple):
+    """Captions as the small encoder reads them."""
+    ids: torch.Tensor                       # (B, L)
+    mask: torch.Tensor                      # (B, L) bool, True for a real token
+
+
 class Text(NamedTuple):
+    """Captions as a denoiser reads them."""
     emb: torch.Tensor                       # (B, L, D)
     mask: torch.Tensor                      # (B, L) bool, True for a real token
-    pooled: torch.Tensor | None = None      # (B, P), for the teacher
+    pooled: torch.Tensor | None = None      # (B, P), for an MMDiT
 
 
-def join(texts: list[Text]) -> Text:
-    """Several along the batch, padded to the longest."""
-    L = max(t.emb.shape[1] for t in texts)
-    pad = lambda x: F.pad(x, (0, 0) * (x.ndim - 2) + (0, L - x.shape[1]))
-    return Text(torch.cat([pad(t.emb) for t in texts]), torch.cat([pad(t.mask) for t in texts]), None if texts[0].pooled is None else torch.cat([t.pooled for t in texts]))
+def on_device(text: Tokens | Text, device) -> Tokens | Text:
+    return type(text)(*(None if x is None else x.to(device) for x in text))
+
+
+def join_texts(texts: list[Text]) -> Text:
+    """Concatenates along the batch, padded to the longest."""
+    L = max(t.mask.shape[1] for t in texts)
+    emb = torch.cat([F.pad(t.emb, (0, 0, 0, L - t.emb.shape[1])) for t in texts])   # (B, L, D)
+    mask = torch.cat([F.pad(t.mask, (0, L - t.mask.shape[1])) for t in texts])      # (B, L)
+    if texts[0].pooled is None:
+        return Text(emb, mask)
+    return Text(emb, mask, torch.cat([t.pooled for t in texts]))
 
 
 # ---------------------------------------------------------------------------- tokens
+class Vocabulary:
+    """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
+
+    data: the bytes of a file in tiktoken's text format; pattern: cuts a caption into words.
+    UserError where the data is damaged, `source` says whose it is."""
+
+    def __init__(self, data: bytes, pattern: str = PATTERN, source="the vocabulary"):
+        try:
+            lines = [line.split() for line in data.decode().splitlines()]
+            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+        except ValueError as e:
+            raise UserError(f"{source} is damaged ({e}): restore it with git") from None
+        self.data, self.pattern = data, pattern
+        self.end, self.pad = len(ranks), len(ranks) + 1
+        self.size = len(ranks) + 2
+        self.encoding = tiktoken.Encoding(
+            "captions", pat_str=pattern, mergeable_ranks=ranks,
+            special_tokens={"<end>": self.end, "<pad>": self.pad})
+
+    def ids_of(self, caption: str) -> list[int]:
+        """The tokens of one caption, in lower case, with a blank before each word; <end> last."""
+        words = " " + caption.lower().strip() if caption.strip() else ""
+        return [*self.encoding.encode_ordinary(words), self.end]
+
+    def tokenize(self, captions: list[str], max_tokens: int = 64, cut: bool = False) -> Tokens:
+        """Captions -> ids and mask, padded to the longest.
+
+        Each caption ends in <end>, so the empty one, the unconditional, is not nothing.
+        UserError where a caption is longer than max_tokens; `cut` reads only its beginning."""
+        rows = [self.ids_of(c) for c in captions]
+        if cut:
+            rows = [r if len(r) <= max_tokens else [*r[:max_tokens - 1], self.end] for r in rows]
+        L = max(map(len, rows))
+        if L > max_tokens:
+            raise UserError(f"a prompt of {L} tokens: the text encoder reads {max_tokens}; "
+                            "shorten it")
+        ids = torch.tensor([r + [self.pad] * (L - len(r)) for r in rows])       # (B, L)
+        lengths = torch.tensor([len(r) for r in rows])                          # (B,)
+        return Tokens(ids, torch.arange(L) < lengths[:, None])
+
+    def shorten(self, caption: str, max_tokens: int) -> str:
+        """The longest beginning of the caption, in whole words, that fits in max_tokens."""
+        words = caption.split()
+        if len(self.ids_of(caption)) <= max_tokens:
+            return caption
+        while len(self.ids_of(" ".join(words))) > max_tokens:
+            words.pop()
+        return " ".join(words)
+
+    def spell(self, ids) -> str:
+        """The caption that these ids spell, without <end> and <pad>."""
+        return self.encoding.decode([i for i in map(int, ids) if i < self.end]).strip()
+
+
 @functools.lru_cache
-def encoding() -> tiktoken.Encoding:
-    """From the local file, never from the network. Bytes are tokens too, so any word can be written."""
+def load_vocabulary(path: Path = VOCABULARY, pattern: str = PATTERN) -> Vocabulary:
+    """From a local file, never from the network."""
     try:
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in VOCABULARY.read_text().splitlines())}
+        return Vocabulary(Path(path).read_bytes(), pattern, path)
     except FileNotFoundError:
-        raise UserError(f"{VOCABULARY} is missing: restore it with git, or make it with `python text.py --train-bpe`")
-    except ValueError as e:
-        raise UserError(f"{VOCABULARY} is damaged ({e}): restore it with git")
-    return tiktoken.Encoding("captions", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={"<end>": len(ranks), "<pad>": len(ranks) + 1})
+        raise UserError(f"{path} is missing: restore it with git, or make it with "
+                        "`python text.py --train-bpe`") from None
 
 
-def tokenize(captions: list[str], max_tokens: int = 64, cut: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
-    """ids (B, L) and mask (B, L), L that of the longest. Each caption ends in <end>, so the empty one, the unconditional, is not nothing.
-    UserError where a caption is longer than max_tokens, or with `cut` only its beginning."""
-    enc = encoding()
-    rows = [ids + [enc.n_vocab - 2] for ids in
-            enc.encode_ordinary_batch([" " + c.lower().strip() if c.strip() else "" for c in captions], num_threads=1)]
-    rows = [r[:max_tokens - 1] + r[-1:] if cut and len(r) > max_tokens else r for r in rows]
-    longest = max(map(len, rows))
-    if longest > max_tokens:
-        raise UserError(f"a prompt of {longest} tokens: the text encoder reads {max_tokens}; shorten it")
-    ids = torch.tensor([r + [enc.n_vocab - 1] * (longest - len(r)) for r in rows])
-    return ids, torch.arange(longest)[None] < torch.tensor([len(r) for r in rows])[:, None]
-
-
-def train_bpe(captions, size: int):
-    """Byte-pair encoding (Sennrich et al. 2016): merge the most frequent pair, `size - 256` times. Writes tiktoken's text format."""
+def train_bpe(captions: list[str], size: int) -> bytes:
+    """Byte-pair encoding (Sennrich et al. 2016): merges the most frequent pair of tokens, until
+    there are `size` tokens. Returns them in tiktoken's text format."""
     words = Counter(w for c in captions for w in re.findall(PATTERN, " " + c.lower()))
     split = {w: [bytes([b]) for b in w.encode()] for w in words}
     tokens = [bytes([b]) for b in range(256)]
     while len(tokens) < size:
         pairs = Counter()
-        for w, n in words.items():
-            for pair in zip(split[w], split[w][1:]):
+        for word, n in words.items():
+            for pair in zip(split[word], split[word][1:], strict=False):
                 pairs[pair] += n
         if not pairs:
             break                           # every word is one token
-        (a, b), _ = max(pairs.items(), key=lambda kv: (kv[1], kv[0]))   # ties by name, so that the file is the same everywhere
+        # ties are broken by the bytes, so that the file is the same everywhere
+        a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(a + b)
-        for w, parts in split.items():
-            out = []
-            for p in parts:
-                if out and out[-1] == a and p == b:
-                    out[-1] = a + b
-                else:
-                    out.append(p)
-            split[w] = out
-    VOCABULARY.write_text("".join(f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)))
-    return len(tokens)
+        for word, parts in split.items():
+            split[word] = merge_pair(parts, a, b)
+    lines = [f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)]
+    return "".join(lines).encode()
 
 
-# ---------------------------------------------------------------------------- encoder
+def merge_pair(parts: list[bytes], a: bytes, b: bytes) -> list[bytes]:
+    out = []
+    for part in parts:
+        if out and out[-1] == a and part == b:
+            out[-1] = a + b
+        else:
+            out.append(part)
+    return out
+
+
+# ---------------------------------------------------------------------------- the small encoder
 @dataclass
 class TextConfig:
-    kind: str = "own"           # the small encoder below; else frozen ones, by load_encoders
-    width: int = 192
-    layers: int = 3
-    heads: int = 6
-    max_tokens: int = 64
-    vocabulary: int = 0         # 0 = that of assets/captions.tiktoken
-    # of the frozen ones, kind = snapgen (width 2304), clip-l (768) or sd3 (4096):
-    folder: str = ""            # a directory in SD3's layout (text_encoder, tokenizer, text_encoder_2, ..; Gemma or T5 is number 3) or a hub id; empty: each from its own place on the hub
-    leave_out: list[str] = field(default_factory=list)     # encoders that are not loaded, such as ["t5"]; their states are zeros, as SD3 does without T5
-    tokens: int = 256           # of Gemma or T5; the CLIPs have 77
-    dtype: str = "auto"         # bfloat16, float32, or auto: bfloat16, but float32 on a CPU
+    """kind: `own` is the small encoder below, the others are frozen sets of published ones."""
+    kind: str = option("own", choices=("own", "clip-l", "snapgen", "sd3"))
+    width: int = option(192, low=1)             # of clip-l 768, of snapgen 2304, of sd3 4096
+    layers: int = option(3, low=1)
+    heads: int = option(6, low=1)
+    max_tokens: int = option(64, low=2)
+    vocabulary: int = option(0, low=0)          # tokens; 0: those of assets/captions.tiktoken
+    pattern: str = PATTERN
+    # Of published ones: a directory or hub id in SD3's layout (text_encoder, tokenizer,
+    # text_encoder_2, ..; Gemma or T5 is number 3); empty: each from its own hub id.
+    folder: str = ""
+    leave_out: list[str] = option([], choices=("clip_l", "clip_g", "gemma", "t5"))  # states of 0
+    tokens: int = option(256, low=1)            # of Gemma or T5; the CLIPs have 77
+    dtype: str = option("auto", choices=("auto", "bfloat16", "float32"))    # auto: by the device
+
+    def check(self):
+        if self.kind == "own" and self.width % self.heads:
+            raise UserError(f"text.width={self.width} must be a multiple of "
+                            f"text.heads={self.heads}")
 
 
-class Block(nn.Module):
+class TextBlock(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads = heads
-        self.norm1, self.qkv, self.out = nn.LayerNorm(D), nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
-        self.norm2, self.up, self.down = nn.LayerNorm(D), nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
+        self.norm1, self.norm2 = nn.LayerNorm(D), nn.LayerNorm(D)
+        self.qkv, self.out = nn.Linear(D, 3 * D, bias=False), nn.Linear(D, D)
+        self.up, self.down = nn.Linear(D, 4 * D), nn.Linear(4 * D, D)
 
     def forward(self, x, mask):
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # (B, heads, L, D/heads) each
-        x = x + self.out(attention(q, k, v, mask).transpose(1, 2).flatten(2))  # (B, L, D)
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                # (B, heads, L, D/heads) each
+        heads = attention(q, k, v, mask)                    # (B, heads, L, D/heads)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))  # (B, L, D)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class TextEncoder(nn.Module):
-    """ids and mask (B, L) -> Text with emb (B, L, width). Bidirectional, pre-norm, learned positions."""
+    """Tokens -> Text with emb (B, L, width). Bidirectional, pre-norm, learned positions."""
 
     def __init__(self, cfg: TextConfig):
         super().__init__()
-        cfg.vocabulary = cfg.vocabulary or encoding().n_vocab
+        cfg.vocabulary = cfg.vocabulary or load_vocabulary(pattern=cfg.pattern).size
         self.cfg = cfg
-        self.token, self.position = nn.Embedding(cfg.vocabulary, cfg.width), nn.Embedding(cfg.max_tokens, cfg.width)
-        self.blocks = nn.ModuleList(Block(cfg.width, cfg.heads) for _ in range(cfg.layers))
+        self.token = nn.Embedding(cfg.vocabulary, cfg.width)
+        self.position = nn.Embedding(cfg.max_tokens, cfg.width)
+        self.blocks = nn.ModuleList(TextBlock(cfg.width, cfg.heads) for _ in range(cfg.layers))
         self.norm = nn.LayerNorm(cfg.width)
         nn.init.normal_(self.token.weight, std=0.5)
         nn.init.normal_(self.position.weight, std=0.2)
-        for b in self.blocks:
-            nn.init.zeros_(b.out.weight), nn.init.zeros_(b.down.weight)
-
-    def forward(self, ids, mask) -> Text:
-        x = self.token(ids) + self.position.weight[: ids.shape[1]]      # (B, L, D)
         for block in self.blocks:
-            x = block(x, mask[:, None, None, :])
-        return Text(self.norm(x), mask)
+            nn.init.zeros_(block.out.weight)
+            nn.init.zeros_(block.down.weight)
+
+    def forward(self, tokens: Tokens) -> Text:
+        x = self.token(tokens.ids) + self.position.weight[:tokens.ids.shape[1]]     # (B, L, D)
+        for block in self.blocks:
+            x = block(x, tokens.mask[:, None, None, :])
+        return Text(self.norm(x), tokens.mask)
 
 
-# ---------------------------------------------------------------------------- the published encoders, through transformers
+# ---------------------------------------------------------------------------- published encoders
 class Source(NamedTuple):
-    hub: str                    # where it is published
-    inside: str                 # its subfolder there, "" for the top
+    """Where an encoder is published, and how large it is."""
+    hub: str
+    inside: str             # its subfolder there, "" for the top
+    number: str             # in SD3's layout: text_encoder + this, tokenizer + this
     license: str
-    model: str                  # class and config of transformers, for its size; the files bring their own
-    config: str
-    values: dict
+    network: str            # class of transformers
+    parameters: int
+    width: int
+    projection: int = 0     # width of the pooled state
 
 
-CLIP, SDXL = ("CLIPTextModelWithProjection", "CLIPTextConfig"), "stabilityai/stable-diffusion-xl-base-1.0"
+CLIP, SDXL = "CLIPTextModelWithProjection", "stabilityai/stable-diffusion-xl-base-1.0"
+SD35 = "stabilityai/stable-diffusion-3.5-large"
 SOURCES = {
-    "clip_l": Source(SDXL, "text_encoder", "open", *CLIP, dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, projection_dim=768)),
-    "clip_g": Source(SDXL, "text_encoder_2", "open", *CLIP, dict(hidden_size=1280, intermediate_size=5120, num_hidden_layers=32, num_attention_heads=20, projection_dim=1280)),
-    "gemma": Source("google/gemma-2-2b", "", "gated", "Gemma2Model", "Gemma2Config", dict(vocab_size=256000, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26,
-                    num_attention_heads=8, num_key_value_heads=4, head_dim=256)),
-    "t5": Source("stabilityai/stable-diffusion-3.5-large", "text_encoder_3", "gated", "T5EncoderModel", "T5Config", dict(vocab_size=32128, d_model=4096, d_ff=10240, d_kv=64, num_heads=64,
-                 num_layers=24, feed_forward_proj="gated-gelu")),
+    "clip_l": Source(SDXL, "text_encoder", "", "open", CLIP, 123_650_304, 768, 768),
+    "clip_g": Source(SDXL, "text_encoder_2", "_2", "open", CLIP, 694_659_840, 1280, 1280),
+    "gemma": Source("google/gemma-2-2b", "", "_3", "gated", "Gemma2Model", 2_614_341_888, 2304),
+    "t5": Source(SD35, "text_encoder_3", "_3", "gated", "T5EncoderModel", 4_762_310_656, 4096),
 }
-SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"), "sd3": ("clip_l", "clip_g", "t5")}
-FOLDERS = {"clip_l": "text_encoder", "clip_g": "text_encoder_2", "gemma": "text_encoder_3", "t5": "text_encoder_3"}    # tokenizers: tokenizer, tokenizer_2, tokenizer_3
-
-
-@functools.lru_cache
-def parameters_of(name: str) -> int:
-    """Counted on the meta device from the real config: nothing is downloaded."""
-    import transformers
-    s = SOURCES[name]
-    with torch.device("meta"):
-        return sum(p.numel() for p in getattr(transformers, s.model)(getattr(transformers, s.config)(**s.values)).parameters())
+SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"),
+        "sd3": ("clip_l", "clip_g", "t5")}
 
 
 def parts_of(cfg: TextConfig, widths: dict | None = None) -> dict:
-    """{encoder: (first row, last row, first column, last column)}: where in the joined states its own lie. The CLIPs share the rows, each with columns of its own. So a cache
-    of joined states holds the parts too, and drop_encoders() can blank them in training without the encoders. Widths: the published ones', or those given."""
-    parts, at = {}, 0
+    """{encoder: (first row, last row, first column, last column)} of its states in the joined ones.
+
+    The CLIPs share 77 rows, each with columns of its own; Gemma or T5 has rows of its own. widths:
+    those that differ from the published ones."""
+    parts, column = {}, 0
     for name in SETS[cfg.kind]:
-        D = (widths or {}).get(name) or SOURCES[name].values.get("hidden_size") or SOURCES[name].values["d_model"]
-        parts[name] = (0, 77, at, at + D) if name.startswith("clip") else (77, 77 + cfg.tokens, 0, D)
-        at += D
+        D = (widths or {}).get(name) or SOURCES[name].width
+        if name.startswith("clip"):
+            parts[name] = (0, 77, column, column + D)
+        else:
+            parts[name] = (77, 77 + cfg.tokens, 0, D)
+        column += D
     return parts
 
 
 class Encoders:
-    """Frozen encoders. Called, or by `encode`: captions -> Text. `release()` frees their memory, and so does leaving a `with`."""
+    """Frozen encoders: `encode` turns captions into a Text. `release()` frees their memory, and so
+    does leaving a `with` block."""
 
     def __init__(self, cfg: TextConfig, device):
         names = SETS.get(cfg.kind, ())
-        if not names or set(cfg.leave_out) - set(names) or cfg.dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), leave_out {cfg.leave_out} (some of {', '.join(names)}), dtype '{cfg.dtype}' (auto, bfloat16, float32)")
-        self.cfg, self.device, third = cfg, pick_device(device) if isinstance(device, str) else device, names[2:3]
-        self.dtype = torch.float32 if cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu") else torch.bfloat16
-        self.loaded = {n: self.load(n) for n in names if n not in cfg.leave_out}     # {name: (tokenizer, model)}
-        widths = {n: self.loaded[n][1].config.hidden_size if n in self.loaded else cfg.width if n in third else None for n in names}
-        self.parts = parts_of(cfg, widths)
-        self.pooled_dims = {n: self.loaded[n][1].config.projection_dim if n in self.loaded else SOURCES[n].values["projection_dim"] for n in names[:2]}
-        self.length, self.width = (self.parts[(third or names)[0]][k] for k in (1, 3))
+        unknown = set(cfg.leave_out) - set(names)
+        if not names or unknown or cfg.dtype not in ("auto", "bfloat16", "float32"):
+            raise UserError(
+                f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), leave_out "
+                f"{cfg.leave_out} (some of {', '.join(names)}), dtype '{cfg.dtype}' "
+                "(auto, bfloat16, float32)")
+        self.cfg = cfg
+        self.device = pick_device(device) if isinstance(device, str) else device
+        exact = cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu")
+        self.dtype = torch.float32 if exact else torch.bfloat16
+        self.loaded = {n: self.load(n) for n in names if n not in cfg.leave_out}
+        configs = {n: model.config for n, (_, model) in self.loaded.items()}
+        widths = {names[2]: cfg.width} if len(names) == 3 else {}
+        self.parts = parts_of(cfg, widths | {n: c.hidden_size for n, c in configs.items()})
+        self.pooled_dims = {n: SOURCES[n].projection for n in names[:2]}
+        self.pooled_dims |= {n: configs[n].projection_dim for n in names[:2] if n in configs}
+        _, self.length, _, self.width = self.parts[names[-1]]
         if cfg.width != self.width:
-            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}: set text.width={self.width} (and the network's context_dim), it is {cfg.width}")
+            raise UserError(
+                f"text encoders '{cfg.kind}' give states of width {self.width}: set text.width="
+                f"{self.width} (and the network's context_dim), it is {cfg.width}")
 
-    def load(self, name):
-        import transformers
+    def load(self, name: str):
+        """(tokenizer, model) of one encoder. UserError says in one line what to download."""
+        from transformers import AutoTokenizer
         from transformers.utils import logging
-        s, folder, quiet = SOURCES[name], self.cfg.folder, logging.get_verbosity()
-        if self.cfg.kind == "sd3":                              # SDXL's CLIP-L has no projection, and so no pooled state
-            s = s._replace(hub=SOURCES["t5"].hub, license="gated")
-        where, inside = source = (folder, FOLDERS[name]) if folder else (s.hub, s.inside)
+        source, folder = SOURCES[name], self.cfg.folder
+        if self.cfg.kind == "sd3":      # SDXL's CLIP-L has no projection, and so no pooled state
+            source = source._replace(hub=SD35, license="gated")
+        where, inside = source.hub, source.inside
+        if folder:
+            where, inside = folder, f"text_encoder{source.number}"
         words = inside.replace("text_encoder", "tokenizer")
         if Path(where, inside).is_dir() and not Path(where, words).is_dir():
-            words = inside                                      # one directory for both, as Gemma comes
-        logging.set_verbosity_error()                           # what is missing is said here, in one line
+            words = inside              # one directory for both, as Gemma comes
+        verbosity = logging.get_verbosity()
+        logging.set_verbosity_error()   # what is missing is said here, in one line
         try:
-            if not Path(where).is_dir():                        # a hub id. All files at once, so that a missing network is said at once
-                from huggingface_hub import snapshot_download   # a dependency of transformers
-                get = lambda weights: Path(snapshot_download(where, allow_patterns=[f"{words}/*" if words else "tokenizer*", *(f"{inside}/{x}".lstrip("/") for x in ("*.json", weights))]))
-                place = get("model.fp16*.safetensors")          # half the download, where it is offered
-                where = place if any(place.glob(f"{inside or '.'}/model.fp16*.safetensors")) else get("model*.safetensors")
-            for variant in ("fp16", None):
-                try:
-                    model, info = getattr(transformers, s.model).from_pretrained(where, subfolder=inside, dtype=self.dtype, variant=variant, use_safetensors=True, output_loading_info=True)
-                    break
-                except OSError:
-                    if variant is None:
-                        raise
-            missing = [k for k in info["missing_keys"] if self.cfg.kind == "sd3" or k != "text_projection.weight"]
-            if missing:                                         # transformers would go on with random ones
-                raise ValueError(f"it lacks {len(missing)} tensors, '{sorted(missing)[0]}' first")
-            # padding to the right: the real tokens come first, and Gemma, which is causal, never sees it
-            tokenizer = transformers.AutoTokenizer.from_pretrained(where, subfolder=words, padding_side="right")
-        except Exception as e:                                  # of the network, the hub, the files: many types
-            get = f"hf download {s.hub}" + (f" --include '{s.inside}/*' '{s.inside.replace('text_encoder', 'tokenizer')}/*'" if s.inside else "")
-            get += f" --local-dir {folder if s.inside else f'{folder}/{inside}'}" if folder else ""
-            raise UserError(f"text encoder {name} is not whole at {'/'.join(source).rstrip('/')}: `{get}` downloads and places it, {2 * parameters_of(name) / 1e9:.2f} GB at 2 bytes a weight"
-                            f"{', after you accept its licence there and `hf auth login`' if s.license == 'gated' else ''} ({type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:100]})") from None
+            place = where if Path(where).is_dir() else download_encoder(where, inside, words)
+            model = self.read(source.network, place, inside)
+            # padding to the right: Gemma, which is causal, never sees it
+            tokenizer = AutoTokenizer.from_pretrained(
+                place, subfolder=words, padding_side="right", trust_remote_code=False)
+        except Exception as e:          # of the network, the hub, the files: many types
+            at = f"{where}/{inside}".rstrip("/")
+            raise UserError(how_to_get(name, source, folder, at, e)) from None
         finally:
-            logging.set_verbosity(quiet)
+            logging.set_verbosity(verbosity)
         return tokenizer, model.to(self.device).eval().requires_grad_(False)
+
+    def read(self, network: str, place: str, inside: str):
+        """A network of transformers, from its fp16 files where they are there."""
+        import transformers
+        how = {"subfolder": inside, "dtype": self.dtype, "use_safetensors": True,
+               "output_loading_info": True, "trust_remote_code": False}
+        make = getattr(transformers, network).from_pretrained
+        try:
+            model, info = make(place, variant="fp16", **how)
+        except OSError:
+            model, info = make(place, **how)
+        missing = set(info["missing_keys"])
+        if self.cfg.kind != "sd3":
+            missing -= {"text_projection.weight"}       # which nobody reads
+        if missing:                     # transformers would go on with random ones
+            raise ValueError(f"it lacks {len(missing)} tensors, '{min(missing)}' first")
+        return model
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Text:
-        """emb (B, 77, D) for clip-l, else (B, 77 + tokens, D); mask, True for a real token; pooled (B, P) for sd3. Longer captions are cut."""
+        """emb (B, 77, D) of clip-l, else (B, 77 + tokens, D); mask; pooled (B, P) of sd3.
+        Longer captions are cut."""
         B, L = len(captions), self.length
-        emb, mask = torch.zeros(B, L, self.width, dtype=self.dtype, device=self.device), torch.zeros(B, L, dtype=torch.bool, device=self.device)
-        pooled = {n: torch.zeros(B, d, dtype=self.dtype, device=self.device) for n, d in self.pooled_dims.items()}
+        like = {"dtype": self.dtype, "device": self.device}
+        emb = torch.zeros(B, L, self.width, **like)
+        mask = torch.zeros(B, L, dtype=torch.bool, device=self.device)
+        pooled = {n: torch.zeros(B, d, **like) for n, d in self.pooled_dims.items()}
         for name, (tokenizer, model) in self.loaded.items():
             top, bottom, left, right = self.parts[name]
-            t = tokenizer(captions, padding="max_length", max_length=bottom - top, truncation=True, return_tensors="pt").to(self.device)
+            t = tokenizer(captions, padding="max_length", max_length=bottom - top,
+                          truncation=True, return_tensors="pt").to(self.device)
             if name == "gemma":
-                states = model(input_ids=t.input_ids, attention_mask=t.attention_mask).last_hidden_state
-            elif name == "t5":                                  # SD3 gives T5 no mask: its padding is read too
-                states = model(input_ids=t.input_ids)[0]
+                states = model(t.input_ids, attention_mask=t.attention_mask).last_hidden_state
+            elif name == "t5":          # SD3 gives T5 no mask: its padding is read too
+                states = model(t.input_ids)[0]
             else:
-                out = model(input_ids=t.input_ids, output_hidden_states=True)
+                out = model(t.input_ids, output_hidden_states=True)
                 states, pooled[name] = out.hidden_states[-2], out.text_embeds
             emb[:, top:bottom, left:right] = states             # (B, L', D')
             mask[:, top:bottom] |= t.attention_mask.bool()      # both CLIPs have the same tokens
-        mask[:, 0] = True                                       # or an attention without any real token would be NaN
-        return Text(emb, mask, torch.cat(list(pooled.values()), -1) if self.cfg.kind == "sd3" else None)
+        mask[:, 0] = True               # an attention without any real token would be NaN
+        if self.cfg.kind != "sd3":
+            return Text(emb, mask)
+        return Text(emb, mask, torch.cat(list(pooled.values()), -1))
 
     __call__ = encode
 
@@ -275,36 +375,80 @@ class Encoders:
         self.release()
 
 
+def download_encoder(hub: str, inside: str, words: str) -> str:
+    """Fetches weights (fp16 where there are, half the size) and tokenizer; -> their directory."""
+    from huggingface_hub import snapshot_download  # a dependency of transformers
+    top = f"{inside}/" if inside else ""
+    small = [f"{words}/*" if words else "tokenizer*", f"{top}*.json"]
+    place = snapshot_download(hub, allow_patterns=[*small, f"{top}model.fp16*.safetensors"])
+    if any(Path(place, inside).glob("model.fp16*.safetensors")):
+        return place
+    return snapshot_download(hub, allow_patterns=[*small, f"{top}model*.safetensors"])
+
+
+def how_to_get(name: str, source: Source, folder: str, at: str, e: Exception) -> str:
+    """The error of an encoder that is not whole: what to download, how large it is, where to."""
+    command = f"hf download {source.hub}"
+    if source.inside:
+        words = source.inside.replace("text_encoder", "tokenizer")
+        command += f" --include '{source.inside}/*' '{words}/*'"
+    if folder:
+        inside = "" if source.inside else f"/text_encoder{source.number}"
+        command += f" --local-dir {folder}{inside}"
+    accept = ", after you accept its licence there and `hf auth login`"
+    reason = (str(e).strip().splitlines() or [""])[0][:100]
+    return (f"text encoder {name} is not whole at {at}: `{command}` downloads and places it, "
+            f"{2 * source.parameters / 1e9:.2f} GB at 2 bytes a weight"
+            f"{accept if source.license == 'gated' else ''} ({type(e).__name__}: {reason})")
+
+
 def load_encoders(cfg: TextConfig, device="auto") -> Encoders:
-    """UserError in one line where weights are missing: what to download, how large it is, where to put it."""
+    """UserError in one line where weights are missing: what to download, and where to put it."""
     return Encoders(cfg, device)
 
 
 def drop_encoders(text: Text, parts: dict, generator: torch.Generator, p: float = 0.464) -> Text:
-    """Blanks each encoder's states with chance p, independently in each caption (SD3: 46.4 %, so that one in ten has none), so that any subset will do when
-    sampling. Tokens that are left without states are masked. Works on cached states too, with parts_of(cfg)."""
-    B, emb, covered = len(text.emb), text.emb.clone(), torch.zeros_like(text.mask)
+    """Blanks each encoder's states with chance p, independently in each caption, so that any
+    subset will do when sampling (SD3: 46.4 %, so that one in ten has none).
+
+    Tokens that are left without states are masked. parts: parts_of(cfg)."""
+    B = len(text.emb)
+    emb, covered = text.emb.clone(), torch.zeros_like(text.mask)
     for top, bottom, left, right in parts.values():
-        keep = torch.rand(B, generator=generator, device=generator.device).to(emb.device) >= p     # (B,)
+        keep = torch.rand(B, generator=generator, device=generator.device).to(emb.device) >= p
         emb[:, top:bottom, left:right] *= keep[:, None, None].to(emb.dtype)
         covered[:, top:bottom] |= keep[:, None]
-    mask = text.mask & covered
-    mask[:, 0] = True                                           # all dropped: one state of zeros is left
+    mask = text.mask & covered          # (B, L)
+    mask[:, 0] = True                   # all dropped: one state of zeros is left
     return Text(emb, mask, text.pooled)
+
+
+# ---------------------------------------------------------------------------- command line
+def print_sizes():
+    for name, s in SOURCES.items():
+        place = f"{s.hub}/{s.inside}".rstrip("/")
+        print(f"{name:7}{s.parameters:14,} parameters, {2 * s.parameters / 1e9:5.2f} GB at 2 bytes "
+              f"each: {place} ({s.license})")
+    for kind, names in SETS.items():
+        print(f"{kind:8} in all {sum(2 * SOURCES[n].parameters for n in names) / 1e9:.2f} GB")
+
+
+def main(argv):
+    if argv == ["--train-bpe"]:
+        from scenes import Scenes
+        scenes = Scenes(split="train")
+        captions = [scenes.caption(scenes.scene(i), random.Random(i)) for i in range(20000)]
+        VOCABULARY.write_bytes(train_bpe(captions, 1024))
+        print(f"{VOCABULARY}: {load_vocabulary().end} tokens")
+    elif argv == ["--sizes"]:
+        print_sizes()
+    else:
+        vocabulary = load_vocabulary()
+        for caption in argv or [""]:
+            pieces = [vocabulary.encoding.decode([i]) for i in vocabulary.ids_of(caption)]
+            print(" | ".join(pieces))
 
 
 if __name__ == "__main__":
     with friendly():
-        if sys.argv[1:] == ["--train-bpe"]:
-            from data import Scenes
-            scenes = Scenes(split="train")
-            n = train_bpe([scenes.caption(scenes.scene(i), random.Random(i)) for i in range(20000)], 1024)
-            print(f"{VOCABULARY}: {n} tokens")
-        elif sys.argv[1:] == ["--sizes"]:
-            for name, s in SOURCES.items():
-                print(f"{name:7}{parameters_of(name):14,} parameters, {2 * parameters_of(name) / 1e9:5.2f} GB at 2 bytes each: {s.hub}{'/' * bool(s.inside)}{s.inside} ({s.license})")
-            for name, members in SETS.items():
-                print(f"{name:8} in all {2 * sum(map(parameters_of, members)) / 1e9:.2f} GB")
-        else:
-            ids, _ = tokenize(sys.argv[1:] or [""])
-            print("\n".join(" | ".join(encoding().decode([i]) for i in row) for row in ids.tolist()))
+        main(sys.argv[1:])
