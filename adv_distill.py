@@ -1,72 +1,81 @@
-"""Adversarial step distillation (SnapGen, section 3.4): a student of 28 guided steps becomes one of K steps without guidance.
+"""Adversarial step distillation (docs/PAPER.md, section 6): 28 guided steps become K unguided ones.
 
-    python adv_distill.py [--config configs/adv_nano.toml] [key=value ...]      trains; run it again to resume
-    python adv_distill.py --config configs/adv_sd35.toml --dry-run              parameters, memory, FLOPs, days (plan.py); trains nothing
-    python evaluate.py --figure runs/kd_nano runs/adv_nano --out steps.png      before and after at 1, 2, 4, 8 and 28 steps, and the scores against steps
+    python adv_distill.py [--config configs/adv_nano.toml] [key=value ...]     run again to resume
+    python adv_distill.py --cache --config C        the cache of your own pictures
 
     min_G max_D  E[ log D(x_t', t') + log(1 - D(x~_t', t')) ] + S(L_task, L_kd)
 
-G sees x_t at one of K fixed times and predicts x0 in one evaluation. D sees that prediction, noised again to a random t', through the features of a frozen denoiser
-and small trainable heads (LADD, Sauer et al. 2024). L_kd asks G for the guided teacher's velocity, which is how guidance gets in. method = "dmd": instead of D, or
-beside it ("both"), a second score network learns what G makes, and G moves along the difference of the two scores (DMD2, Yin et al. 2024).
-In the run's directory: log.csv, health.png, samples_*.png, checkpoint/, and at the end final/, whose config.json tells sample.py how to draw (few_steps).
-B batch | C H W latents | h w a tap's grid | N logits of a head
+G sees x_t at one of K fixed times and predicts x0 in one evaluation. D sees that prediction, noised
+again to a random t', through the features of a frozen denoiser and small trainable heads (LADD,
+Sauer et al. 2024). L_kd asks G for the guided teacher's velocity, which is how guidance gets in.
+method = "dmd": instead of D, or beside it ("both"), a second score network learns what G makes, and
+G moves along the difference of the two scores (DMD2, Yin et al. 2024).
+In the run's directory: log.csv, health.png, samples_*.png, checkpoint/, and at the end final/,
+whose config.json tells sample.py how to draw (few_steps).
+
+B batch | C H W latents | D channels of a tap | h w its grid | N places | W width of a head
 """
-import copy, os, signal, sys, time
-from collections import defaultdict
+import copy
+import sys
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 
-import distill, plots
-from checkpoint import load_checkpoint, load_into, read_description, resolve, save_checkpoint
-from common import Log, UserError, anywhere, fill, friendly, pick_device, read_config, setup, start_others, use_bfloat16
-from data import grid
-from distill import Distill, Teacher, find_teacher, teacher_network
-from model import count_params
-from optim import EMA, Muon
-from plan import forward_flops, frozen, report, tap_names, tap_shape, trained
-from sample import chosen, euler, generate, load_model, network_of, settings, times, to_pictures
-from train import Batches, FlowConfig, Validation, draw_times, flow_loss, load_data, rate, shown_prompts
+import plots
+from cache import make_cache
+from checkpoint import Run
+from common import UserError, autocast, fill, friendly, option, read_config, setup, use_bfloat16
+from costs import tap_names, tap_shape
+from data import Batch, Batches
+from decoder import to_pictures
+from distill import Distill, DistillConfig, Teacher, find_teacher, teacher_text
+from evaluate import health_warnings, latents_health
+from model import count_params, load_model
+from optim import EMA, Learner, Muon, average_gradients, rate
+from sample import euler, generate, sampling, times
+from text import Text, Tokens
+from train import FlowConfig, Validation, draw_times, flow_loss, load_data, shown_prompts
 
 
 @dataclass
-class Config(distill.Config):
+class AdvConfig(DistillConfig):
     out: str = "runs/adv_nano"
     init: str = "runs/kd_nano"      # the student: its networks, text and flow are taken over
     teacher: str = ""               # empty: the student itself, frozen
-    teacher_cfg: float = 4.0        # guidance that is distilled in
-    kd_steps: int = 1               # evaluations of the teacher from x_t down to its x0; 1: its velocity there
+    teacher_cfg: float = option(4.0, low=0)     # guidance that is distilled in
+    kd_steps: int = option(1, low=1)            # Euler steps of the teacher from x_t to its x0
     featkd: bool = False            # not in this stage
-    drop_caption: float = 0.0       # no guidance later, so no empty caption
-    method: str = "gan"             # gan, dmd or both
-    K: int = 4                      # steps of the student, at sample.times(K, shift)
-    shift: float = 0.0              # of those times; 0: the student's flow.shift
-    sampler: str = "euler"          # of the student: euler, or renoise (predict x0, noise it afresh)
-    backward_simulation: bool = False   # x_t: where G itself gets by that sampler, instead of noised data
-    generator_every: int = 2        # steps of D and of the fake score for one of G
-    kd_weight: float = 1.0          # of S(L_task, L_kd)
+    drop_caption: float = option(0.0, low=0, high=1)    # no guidance later, so no empty caption
+    method: str = option("gan", choices=("gan", "dmd", "both"))
+    K: int = option(4, low=1, high=1000)        # steps of the student, at sample.times(K, shift)
+    shift: float = option(0.0, low=0)           # shift of those times; 0: the student's flow.shift
+    sampler: str = option("euler", choices=("euler", "renoise"))        # the student's
+    backward_simulation: bool = False           # x_t: where G itself gets, not noised data
+    generator_every: int = option(2, low=1)     # steps of D and the fake score for one of G
+    kd_weight: float = option(1.0, low=0)       # of S(L_task, L_kd)
     # gan
-    loss: str = "hinge"             # paper (log form), nonsaturating or hinge
-    gan_weight: float = 0.1
-    critic: str = "teacher"         # whose frozen features: teacher or init
-    critic_taps: list[str] = field(default_factory=list)    # empty: all stages or blocks
-    critic_width: int = 64
-    critic_lr: float = 5e-4
-    critic_times: FlowConfig = field(default_factory=lambda: FlowConfig(mean=1.0))     # of t': logit-normal(1, 1)
-    r1: float = 0.01                # times the squared gradient of a logit; 0: none
-    r1_sigma: float = 0.1           # the small noise that it is estimated with
+    loss: str = option("hinge", choices=("paper", "nonsaturating", "hinge"))
+    gan_weight: float = option(0.1, low=0)
+    critic: str = option("teacher", choices=("teacher", "init"))        # whose frozen features
+    critic_taps: list[str] = option([])         # empty: all stages or blocks
+    critic_width: int = option(64, low=1)
+    critic_lr: float = option(5e-4, above=0)
+    critic_times: FlowConfig = field(default_factory=lambda: FlowConfig(mean=1.0))      # of t'
+    r1: float = option(0.01, low=0)             # times a logit's squared gradient; 0: none
+    r1_sigma: float = option(0.1, above=0)      # the small noise that it is estimated with
     # dmd
-    dmd_weight: float = 1.0
-    fake_lr: float = 5e-4
-    steps: int = 2000
-    lr: float = 2e-4
+    dmd_weight: float = option(1.0, low=0)
+    fake_lr: float = option(5e-4, above=0)
+    steps: int = option(2000, low=1)
+    lr: float = option(2e-4, above=0)
+
+    def check(self):
+        if self.featkd or self.accumulate != 1:
+            raise UserError("featkd and accumulate are distill.py's: leave them out here (a larger "
+                            "batch serves for accumulate)")
 
 
 # ---------------------------------------------------------------------------- the generator
@@ -76,68 +85,99 @@ def noised(x0, t, g):
     return (1 - a) * x0 + a * torch.randn(x0.shape, generator=g, device=x0.device)
 
 
-def predict(net, x, t, *words):
+def predict(net, x, t, text: Tokens | Text):
     """x0 in one evaluation."""
-    return x - t[:, None, None, None] * net(x, t, *words).float()
+    return x - t[:, None, None, None] * net(x, t, text).float()
 
 
 @torch.no_grad()
-def simulated(net, walk, k, shape, words, g, sampler="renoise"):
-    """x at walk[k], k (B,), on the path that the sampler takes from noise."""
+def simulated(net, walk, k, shape, text, g, sampler="renoise"):
+    """x at the time walk[k], k (B,), on the path that the sampler takes from noise."""
     x = torch.randn(shape, generator=g, device=walk.device)
     for i in range(int(k.max())):
-        on, t, s = (k > i).nonzero()[:, 0], walk[i], walk[i + 1]     # pictures that go on
-        x0 = predict(net, x[on], t.expand(len(on)), *(w[on] for w in words))
-        x = x.index_copy(0, on, noised(x0, s.expand(len(on)), g) if sampler == "renoise" else x0 + s / t * (x[on] - x0))
+        on = (k > i).nonzero()[:, 0]                            # pictures that go on
+        t, s = walk[i], walk[i + 1]
+        some = type(text)(*(None if y is None else y[on] for y in text))
+        x0 = predict(net, x[on], t.expand(len(on)), some)
+        if sampler == "renoise":
+            after = noised(x0, s.expand(len(on)), g)
+        else:
+            after = x0 + s / t * (x[on] - x0)
+        x = x.index_copy(0, on, after)
     return x
 
 
-def teacher_velocity(teacher, x, t, words, steps: int):
-    """From x_t straight to the x0 that the guided teacher reaches in so many Euler steps: (B, C, H, W)."""
+def teacher_velocity(teacher, x, t, text: Text, steps: int):
+    """The velocity from x_t straight to the x0 of so many Euler steps of the teacher."""
     a = t[:, None, None, None]
-    x0 = euler(lambda y, s: teacher(y, s.flatten(), *words)[0].float(), x, [a * (1 - i / steps) for i in range(steps + 1)])
-    return (x - x0) / a
+    walk = [a * (1 - i / steps) for i in range(steps + 1)]      # each picture from its own t to 0
+    x0 = euler(lambda y, s: teacher(y, s.flatten(), text)[0].float(), x, walk)
+    return (x - x0) / a                                         # (B, C, H, W)
 
 
 # ---------------------------------------------------------------------------- the discriminator
 class Head(nn.Module):
-    """Features (B, D, h, w), condition (B, W) -> a logit for each place (B, h w); the condition enters as a projection (Miyato and Koyama 2018)."""
+    """Features (B, D, h, w), condition (B, W) -> a logit for each place (B, h w).
+
+    The condition enters as a projection (Miyato and Koyama 2018).
+    """
 
     def __init__(self, D, W):
         super().__init__()
-        self.body = nn.Sequential(nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(), nn.Conv2d(W, W, 3, padding=1), nn.SiLU())
+        self.body = nn.Sequential(
+            nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(),
+            nn.Conv2d(W, W, 3, padding=1), nn.SiLU())
         self.out = nn.Conv2d(W, 1, 1)
 
     def forward(self, f, c):
         y = self.body(f)                                        # (B, W, h, w)
-        return (self.out(y)[:, 0] + (y * c[:, :, None, None]).mean(1)).flatten(1).float()
+        agreement = (y * c[:, :, None, None]).mean(1)           # (B, h, w)
+        return (self.out(y)[:, 0] + agreement).flatten(1).float()
 
 
 class Critic(nn.Module):
-    """The heads are trained and kept; the frozen denoiser is a distill.Teacher, which is no module, so that it is neither. Gradients pass through it to the latents."""
+    """Heads on the features of a frozen denoiser, a distill.Teacher, through which gradients pass.
 
-    def __init__(self, cfg: Config, frozen: Teacher):
+    The heads are trained and kept; a Teacher is no module, so that it is neither.
+    """
+
+    def __init__(self, cfg: AdvConfig, frozen: Teacher):
         super().__init__()
         network = frozen.denoiser.cfg
-        self.frozen, self.taps = frozen, tuple(cfg.critic_taps or tap_names(network))
         W = cfg.critic_width
-        self.heads = nn.ModuleList(Head(tap_shape(network, tap, cfg.data.size)[0], W) for tap in self.taps)
-        self.embed = nn.Sequential(nn.Linear(32 + network.context_dim, W), nn.SiLU(), nn.Linear(W, W))      # t' and the text's mean state
+        self.frozen = frozen
+        self.taps = tuple(cfg.critic_taps or tap_names(network))
+        widths = [tap_shape(network, tap, cfg.data.size)[0] for tap in self.taps]
+        self.heads = nn.ModuleList(Head(D, W) for D in widths)
+        # t' and the text's mean state
+        self.embed = nn.Sequential(nn.Linear(32 + network.context_dim, W), nn.SiLU(),
+                                   nn.Linear(W, W))
 
-    def forward(self, x, t, text):
-        """Noised latents -> [logits (B, N) of each head]."""
-        denoiser, weight = self.frozen.denoiser, text.mask[..., None].float()
+    def forward(self, x, t, text: Text):
+        """Noised latents (B, C, H, W) -> a list of each head's logits (B, N)."""
         pooled = {} if text.pooled is None else {"pooled": text.pooled}
-        _, taps = denoiser(x.to(next(denoiser.parameters()).dtype), t, text.emb, text.mask, features=self.taps, **pooled)
-        angle = t[:, None] * torch.pi * 2.0 ** torch.arange(16, device=t.device).div(2)     # (B, 16)
-        c = self.embed(torch.cat([angle.cos(), angle.sin(), (text.emb.float() * weight).sum(1) / weight.sum(1)], -1))    # (B, W)
-        return [head(taps[name].float().contiguous(), c) for name, head in zip(self.taps, self.heads)]      # not channels_last: on a CPU GroupNorm's backward pass, where its input
-                                                                                                            # wants no gradient, dies of that (torch 2.13)
+        denoiser = self.frozen.denoiser
+        _, taps = denoiser(x.to(self.frozen.dtype), t, text.emb, text.mask, features=self.taps,
+                           **pooled)
+        c = self.condition(t, text)
+        # contiguous: on a CPU, GroupNorm's backward pass crashes for a channels_last input that
+        # wants no gradient (torch 2.13)
+        features = [taps[name].float().contiguous() for name in self.taps]
+        return [head(f, c) for head, f in zip(self.heads, features)]
+
+    def condition(self, t, text: Text):
+        angle = t[:, None] * torch.pi * 2.0 ** torch.arange(16, device=t.device).div(2)    # (B, 16)
+        weight = text.mask[..., None].float()
+        mean = (text.emb.float() * weight).sum(1) / weight.sum(1)
+        return self.embed(torch.cat([angle.cos(), angle.sin(), mean], -1))      # (B, W)
 
 
-FORMS = {  # what D minimises on real and on fake logits, what G minimises
-    "paper": (lambda r: F.softplus(-r), lambda f: F.softplus(f), lambda f: -F.softplus(f)),             # log D(x) + log(1 - D(x~)), the minimax game itself
-    "nonsaturating": (lambda r: F.softplus(-r), lambda f: F.softplus(f), lambda f: F.softplus(-f)),     # the same D; G maximises log D(x~)
+# what D minimises on real and on fake logits, and what G minimises
+FORMS = {
+    # the minimax game itself: log D(x) + log(1 - D(x~))
+    "paper": (lambda r: F.softplus(-r), F.softplus, lambda f: -F.softplus(f)),
+    # the same D; G maximises log D(x~)
+    "nonsaturating": (lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f)),
     "hinge": (lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f),
 }
 
@@ -148,279 +188,278 @@ def over_heads(form, logits):
 
 
 def critic_loss(kind, real, fake):
-    return over_heads(FORMS[kind][0], real) + over_heads(FORMS[kind][1], fake)
+    on_real, on_fake, _ = FORMS[kind]
+    return over_heads(on_real, real) + over_heads(on_fake, fake)
+
 
 def generator_loss(kind, fake):
     return over_heads(FORMS[kind][2], fake)
 
 
 def r1_penalty(critic, x, t, text, real, sigma: float, g):
-    """E |D(x + sigma n) - D(x)|^2 / sigma^2, about the squared gradient of a logit (approximate R1, Lin et al. 2025: no second derivative through the features)."""
+    """E |D(x + sigma n) - D(x)|^2 / sigma^2, about the squared gradient of a logit: (B,).
+
+    Approximate R1 (Lin et al. 2025): no second derivative through the features.
+    """
     near = critic(x + sigma * torch.randn(x.shape, generator=g, device=x.device), t, text)
-    return torch.stack([(a - b).square().mean(1) for a, b in zip(near, real)]).mean(0) / sigma**2       # (B,)
+    squares = [(a - b).square().mean(1) for a, b in zip(near, real)]
+    return torch.stack(squares).mean(0) / sigma**2
 
 
 # ---------------------------------------------------------------------------- distribution matching
 @torch.no_grad()
-def dmd_gradient(teacher, fake, x0, t, words, own, g):
-    """The gradient on G's prediction x0 (DMD2, eq. 3): what the fake score's x0 is more than the guided real one's, over the latter's mean distance from x0.
-    words: the teacher's, own: the student's. Over C H W, as the gradient of a mean over places has it: (B, C, H, W)."""
-    x, a = noised(x0, t, g), t[:, None, None, None]
-    real, false = x - a * teacher(x, t, *words)[0].float(), x - a * fake(x, t, *own).float()
-    return (false - real) / (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6) / x0[0].numel()
+def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
+    """The gradient on G's prediction x0 (DMD2, eq. 3): (B, C, H, W).
+
+    It is what the fake score's x0 is more than the guided real one's, over the latter's mean
+    distance from x0; divided by C H W, as the gradient of a mean over places is.
+    """
+    x = noised(x0, t, g)
+    a = t[:, None, None, None]
+    real = x - a * teacher(x, t, teacher_states)[0].float()
+    false = x - a * fake(x, t, text).float()
+    distance = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
+    return (false - real) / distance / x0[0].numel()
 
 
-# ---------------------------------------------------------------------------- health
-@torch.no_grad()
-def health(x0, real, ae, batch: int = 64) -> dict:
-    """Of predicted latents and of real ones (B, C, H, W), decoded so many at a time. spread: how far pictures are from each other, over the same of real ones."""
-    pixels, theirs = (torch.cat([ae.decode(part) for part in z.float().split(batch)]) for z in (x0, real))      # not clamped: (B, 3, 8H, 8W)
-    out = {"latent_mean": x0.mean(), "latent_std": x0.std(), "spread": x0.std(0).mean() / real.std(0).mean(),
-           "pixel_mean": pixels.mean(), "pixel_std": pixels.std(), "real_mean": theirs.mean(), "real_std": theirs.std()}
-    return {k: float(v) for k, v in out.items()}
+# ---------------------------------------------------------------------------- the players
+class Game:
+    """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""
+
+    def __init__(self, cfg: AdvConfig, net, device, bfloat16: bool):
+        self.cfg = cfg
+        self.net = net
+        self.device = device
+        self.bfloat16 = bfloat16
+        self.teacher = Teacher(cfg, device)
+        self.mixed = Distill(cfg, net, self.teacher)            # for S(L_task, L_kd)
+        self.walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)   # (K,), from 1 down
+        opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay, (0.0, 0.99))
+        self.ema = EMA(net, cfg.ema)
+        self.players = {"generator": Learner(net, opt, cfg.clip, self.ema)}
+        if cfg.method != "dmd":
+            frozen = self.teacher
+            if cfg.critic == "init":
+                frozen = Teacher(replace(cfg, teacher=cfg.init), device)
+            self.critic = Critic(cfg, frozen).to(device)
+            opt = Muon(self.critic, cfg.critic_lr, 0.0, 0.0, (0.0, 0.99))
+            self.players["critic"] = Learner(self.critic, opt, cfg.clip)
+        if cfg.method != "gan":
+            self.fake = fake_score(cfg, net, device)
+            opt = Muon(self.fake, cfg.fake_lr, 0.0, cfg.weight_decay)
+            self.players["fake"] = Learner(self.fake, opt, cfg.clip)
+
+    def parts(self) -> dict:
+        """What a checkpoint holds."""
+        parts = {"model": self.net, "ema": self.ema}
+        for name, player in self.players.items():
+            if name != "generator":
+                parts[name] = player.module
+            parts[f"{name}_optimizer"] = player.opt
+        return parts
+
+    def play(self, batch: Batch, step: int, g):
+        """One step of every player whose turn it is -> (predictions (B, C, H, W), log values)."""
+        cfg, n = self.cfg, len(batch.x0)
+        k = torch.randint(cfg.K, (n,), generator=g, device=self.device)
+        t = self.walk[k]                                        # (B,)
+        turn = (step + 1) % cfg.generator_every == 0
+        with autocast(self.device, self.bfloat16):
+            if cfg.backward_simulation:
+                x_t = simulated(self.net, self.walk, k, batch.x0.shape, batch.text, g, cfg.sampler)
+            else:
+                x_t = noised(batch.x0, t, g)
+        # a block of its own: autocast keeps weights that it has cast without gradients
+        with autocast(self.device, self.bfloat16), torch.set_grad_enabled(turn):
+            guess = predict(self.net, x_t, t, batch.text)       # (B, C, H, W)
+        made = guess.detach()
+        values = {}
+        if "critic" in self.players:
+            values |= self.critic_step(batch, made, g)
+        if "fake" in self.players:
+            values |= self.fake_step(batch, made, g)
+        if turn:
+            values |= self.generator_step(batch, x_t, t, guess, g)
+        return made, values
+
+    def draw(self, flow: FlowConfig, batch: Batch, g):
+        return draw_times(flow, len(batch.x0), g, self.device)
+
+    def update(self, name: str) -> dict:
+        average_gradients(self.players[name].module)
+        return {f"grad_{name}": self.players[name].step()}
+
+    def critic_step(self, batch: Batch, made, g) -> dict:
+        """D: real pictures up, predictions down, both noised to t'."""
+        cfg, critic = self.cfg, self.critic
+        values = {}
+        with torch.no_grad():
+            text = critic.frozen.read(batch, self.net.vocabulary)
+        with autocast(self.device, self.bfloat16):
+            t = self.draw(cfg.critic_times, batch, g)
+            x = noised(batch.x0, t, g)
+            real = critic(x, t, text)
+            false = critic(noised(made, t, g), t, text)
+            loss = critic_loss(cfg.loss, real, false)
+            if cfg.r1:
+                r1 = r1_penalty(critic, x, t, text, real, cfg.r1_sigma, g)
+                loss = loss + cfg.r1 * r1
+                values["r1"] = r1.mean()
+        loss.mean().backward()
+        right = []
+        for r, f in zip(real, false):
+            right.append(((r > 0).float().mean() + (f < 0).float().mean()) / 2)
+        values |= {f"accuracy_{tap}": share for tap, share in zip(critic.taps, right)}
+        values |= {"d_loss": loss.mean(), "d_real": torch.cat(real, 1).sigmoid().mean(),
+                   "d_fake": torch.cat(false, 1).sigmoid().mean(),
+                   "accuracy": sum(right) / len(right)}
+        return values | self.update("critic")
+
+    def fake_step(self, batch: Batch, made, g) -> dict:
+        """The fake score: rectified flow on what G makes."""
+        eps = torch.randn(made.shape, generator=g, device=self.device)
+        t = self.draw(self.cfg.flow, batch, g)
+        with autocast(self.device, self.bfloat16):
+            loss = flow_loss(lambda x, t: self.fake(x, t, batch.text), made, eps, t).mean()
+        loss.backward()
+        return {"fake_loss": loss} | self.update("fake")
+
+    def generator_step(self, batch: Batch, x_t, t, guess, g) -> dict:
+        """G: each loss's gradient on the prediction, for the log; their sum goes back once."""
+        cfg = self.cfg
+        leaf = guess.detach().clone().requires_grad_()
+        text = self.teacher.read(batch, self.net.vocabulary)
+        grads, values = {}, {}
+        with autocast(self.device, self.bfloat16):
+            if cfg.kd_weight:
+                loss, values = self.kd_loss(batch, x_t, t, leaf, text)
+                grads["kd"] = cfg.kd_weight * torch.autograd.grad(loss, leaf)[0]
+            if "critic" in self.players:
+                t2 = self.draw(cfg.critic_times, batch, g)
+                read = self.critic.frozen.read(batch, self.net.vocabulary)
+                logits = self.critic(noised(leaf, t2, g), t2, read)
+                loss = generator_loss(cfg.loss, logits).mean()
+                grads["gan"] = cfg.gan_weight * torch.autograd.grad(loss, leaf)[0]
+                values["g_loss"] = loss
+            if "fake" in self.players:
+                t2 = self.draw(cfg.flow, batch, g)
+                move = dmd_gradient(self.teacher, self.fake, leaf.detach(), t2, text, batch.text, g)
+                grads["dmd"] = cfg.dmd_weight * move / len(leaf)
+        values |= {f"pull_{name}": x.norm() for name, x in grads.items()}
+        guess.backward(sum(grads.values()))
+        return values | self.update("generator")
+
+    def kd_loss(self, batch: Batch, x_t, t, x0, text: Text):
+        """S(L_task, L_kd) of a prediction x0 -> (mean loss, values to log)."""
+        cfg = self.cfg
+        a = t[:, None, None, None]
+        v = (x_t - x0) / a                                      # G's velocity
+        data = (x_t - batch.x0) / a                             # the data's, eps - x0
+        task = (v - data).square().mean((1, 2, 3))              # (B,)
+        losses, values = {}, {"task": task.mean()}
+        if cfg.kd or cfg.backward_simulation:
+            theirs = teacher_velocity(self.teacher, x_t, t, text, cfg.kd_steps)
+            losses["kd"] = (v - theirs).square().mean((1, 2, 3))
+            values["kd"] = losses["kd"].mean()
+        if cfg.backward_simulation:                             # x_t belongs to no picture
+            return losses["kd"].mean(), values
+        return self.mixed.scaled(task, losses, t)[0].mean(), values
 
 
-def verdict(h: dict) -> list[str]:
-    """What is wrong with the samples, a line each."""
-    lines = []
-    if h["spread"] < 0.5:
-        lines.append(f"collapse: different captions give like pictures, their spread is {h['spread']:.2f} of the real ones'; lower gan_weight or lr, or raise r1 or kd_weight")
-    if h["pixel_std"] > 1.3 * h["real_std"]:
-        lines.append(f"oversaturation: the pixels' deviation is {h['pixel_std']:.2f}, of real ones {h['real_std']:.2f}; lower teacher_cfg, or gan_weight")
-    if abs(h["pixel_mean"] - h["real_mean"]) > 0.3 * h["real_std"]:
-        lines.append(f"drift: the pixels' mean is {h['pixel_mean']:.2f}, of real ones {h['real_mean']:.2f}; lower lr or gan_weight, or raise kd_weight")
-    return lines
+def fake_score(cfg: AdvConfig, net, device):
+    """The network that learns what G makes: from the real score's weights where it fits (DMD2)."""
+    fake = copy.deepcopy(net)
+    if find_teacher(cfg.teacher)[0] == "ours":
+        theirs, _ = load_model(cfg.teacher, device)
+        if theirs.denoiser.cfg == net.denoiser.cfg and theirs.text_cfg == net.text_cfg:
+            fake = theirs
+    return fake.requires_grad_(True).train()
 
 
 # ---------------------------------------------------------------------------- the loop
-def exchange(module):
-    """Gradients become their mean over processes."""
-    grads = [p.grad for p in module.parameters() if p.grad is not None]
-    if dist.is_initialized() and grads:
-        flat = torch.cat([x.flatten() for x in grads])
-        dist.all_reduce(flat)
-        for x, part in zip(grads, flat.split([x.numel() for x in grads])):
-            x.copy_(part.view_as(x) / dist.get_world_size())
+SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator", "lr")
 
 
-def distil(cfg: Config):
-    if bad := [k for k in ("steps", "batch", "warmup", "log_every", "eval_every", "val_pictures", "samples", "K", "kd_steps", "generator_every") if getattr(cfg, k) < 1]:
-        raise UserError(f"{bad[0]} wants 1 or more, got {getattr(cfg, bad[0])}")
-    for key, allowed in (("method", ("gan", "dmd", "both")), ("loss", tuple(FORMS)), ("critic", ("teacher", "init")), ("sampler", ("euler", "renoise"))):
-        if getattr(cfg, key) not in allowed:
-            raise UserError(f"{key} '{getattr(cfg, key)}': use {', '.join(allowed)}")
-    if cfg.featkd or cfg.accumulate != 1 or cfg.shard:
-        raise UserError("featkd, accumulate and shard are distill.py's: leave them out here (a larger batch serves for accumulate)")
+def distil(cfg: AdvConfig):
     device, rank, world = setup(cfg.device)
-    out, main, amp_on = Path(cfg.out), rank == 0, use_bfloat16(cfg.amp, device)
-    amp = lambda: torch.autocast(device.type, torch.bfloat16, enabled=amp_on)
-
-    # who plays: G, the frozen teacher, D's heads, the fake score
+    bfloat16 = use_bfloat16(cfg.amp, device)
     net, student = load_model(cfg.init, device)
-    fill(cfg, {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}, str(cfg.init))
-    cfg.teacher, cfg.shift = cfg.teacher or cfg.init, cfg.shift or cfg.flow.shift
+    own = {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}
+    fill(cfg, own, cfg.init)
+    cfg.teacher = cfg.teacher or cfg.init
+    cfg.shift = cfg.shift or cfg.flow.shift
     net.requires_grad_(True).train()
     torch.manual_seed(cfg.seed)
-    teacher = Teacher(cfg, device)
-    mixed = Distill(cfg, net, teacher)                          # for S(L_task, L_kd)
-    parts = {"generator": (net, Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay, (0.0, 0.99)))}
-    if cfg.method != "dmd":
-        frozen = teacher if cfg.critic == "teacher" else Teacher(replace(cfg, teacher=cfg.init), device)
-        critic = Critic(cfg, frozen).to(device)
-        parts["critic"] = critic, Muon(critic, cfg.critic_lr, 0.0, 0.0, (0.0, 0.99))
-    if cfg.method != "gan":
-        fake = copy.deepcopy(net)
-        if find_teacher(cfg.teacher)[0] == "ours":              # where it fits, from the real score's weights (DMD2)
-            theirs, about = load_model(cfg.teacher, device)
-            if theirs.denoiser.cfg == net.denoiser.cfg and theirs.text_cfg == net.text_cfg:
-                fake = theirs.requires_grad_(True).train()
-        parts["fake"] = fake, Muon(fake, cfg.fake_lr, 0.0, cfg.weight_decay)
+    game = Game(cfg, net, device, bfloat16)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world, teacher.states)
-    if net.text is None:
-        net.frozen.append(held_out.encode)                      # of the sample grids, as in train.py
-    batches, validation, prompts = Batches(cfg, latents, device, rank, world), Validation(cfg, held_out, device), shown_prompts(cfg)[:cfg.samples]
+    ae, latents, held_out = load_data(cfg, device, rank, world, game.teacher.states)
+    batches = Batches(cfg, latents, device, net.vocabulary)
+    validation = Validation(cfg, held_out, device, net.vocabulary)
+    prompts = shown_prompts(cfg, held_out)
+    if net.text is None:                    # the grids' text states come from the cache
+        net.frozen.append(held_out.encode)
     few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
-    walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)    # (K,), from 1 down
-    ema, step, skipped = EMA(net, cfg.ema), 0, {name: 0 for name in parts}
-    if (out / "latest").exists():
-        names = ["model", "ema", "beside"] + [f"{n}{s}" for n in parts for s in ("", "_optimizer") if n + s != "generator"]
-        saved, state = load_checkpoint(out, names)
-        step, skipped = saved["step"], saved["skipped"]
-        load_into(mixed, {**{f"net.{k}": v for k, v in state["model"].items()}, **state.get("beside", {})}, cfg.out)
-        ema.load_state_dict(state["ema"], saved["ema_steps"])
-        for name, (module, opt) in parts.items():
-            if name != "generator":
-                if name not in state:
-                    raise UserError(f"{cfg.out} was trained without a {name}: go on with its own method, or give another out=")
-                load_into(module, state[name], cfg.out)
-            opt.load_tensors(state.get(f"{name}_optimizer", {}))
-    if main:
-        print(f"{cfg.out}: {cfg.init} in {cfg.K} steps at t = {' '.join(f'{t:.2f}' for t in walk.tolist())}, method {cfg.method}; " + ", ".join(
-            f"{name} {count_params(module) / 1e6:.2f} M" for name, (module, _) in parts.items()) + f"; {device}" + (f", resumed at step {step}" if step else ""), flush=True)
+    run = Run(cfg, device, rank, world, {"few_steps": few}, net.files(), SHOWN, **game.parts())
+    if rank == 0:
+        sizes = [f"{name} {count_params(p.module) / 1e6:.2f} M" for name, p in game.players.items()]
+        walk = " ".join(f"{t:.2f}" for t in game.walk.tolist())
+        print(f"{cfg.out}: {cfg.init} in {cfg.K} steps at t = {walk}, method {cfg.method}; "
+              f"{', '.join(sizes)}; {device}, step {run.step} of {cfg.steps}", flush=True)
 
-    def save():
-        tensors = {"model": net.state_dict(), "ema": ema.state_dict(), "beside": {k: v for k, v in mixed.state_dict().items() if not k.startswith("net.")}}
-        for name, (module, opt) in parts.items():
-            tensors |= {f"{name}_optimizer": opt.tensors()} | ({} if name == "generator" else {name: module.state_dict()})
-        save_checkpoint(out / "checkpoint", {k: v for k, v in tensors.items() if v}, {**asdict(cfg), "step": step, "ema_steps": ema.steps, "skipped": skipped, "few_steps": few})
-
-    def evaluate():
-        """The averaged student in K steps: its grid, its health, its flow loss (how far it has left the flow)."""
-        net.eval()
-        with ema.swapped():
-            x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **settings({**asdict(cfg), "few_steps": few}), batch=cfg.batch))
-            val = float(np.nanmean(validation(net, amp)))
-        net.train()
-        with torch.inference_mode():
-            pictures = [p for part in x0.split(cfg.batch) for p in to_pictures(ae.decode(part))]
-        grid(pictures, prompts, 6, max(1, 192 // cfg.data.size)).save(out / f"samples_{step:07d}.png")
-        h = health(x0, held_out[:len(x0)].to(device), ae, cfg.batch)
-        log(step, show=False, val=val, **{f"sample_{k}": v for k, v in h.items()})
-        print(f"step {step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()) + f"; skipped {skipped}", flush=True)
-        for line in verdict(h):
-            print(f"step {step}: {line}", flush=True)
-        plots.health(out / "log.csv", out / "health.png")
-
-    def update(name: str):
-        """One step of one player. A gradient that is not finite is counted and dropped: weights, average and moments stay as they were."""
-        module, opt = parts[name]
-        exchange(module)
-        norm = nn.utils.clip_grad_norm_(module.parameters(), cfg.clip)
-        if torch.isfinite(norm):
-            opt.step()
-            if name == "generator":
-                ema.update()
-        else:
-            skipped[name] += 1
-            if main:
-                print(f"step {step}: the {name}'s gradient is not finite: its step skipped, {skipped[name]} so far", flush=True)
-        opt.zero_grad(set_to_none=True)
-        note(**{f"grad_{name}": norm})
-
-    stop = []
-    signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-    log, seen, begin, drawn = Log(out / "log.csv", cfg.steps, step, quiet=not main), defaultdict(list), time.time(), 0
-    note = lambda **values: [seen[k].append(v.detach().float()) for k, v in values.items()]
-    while step < cfg.steps and not (step % 5 == 0 and anywhere(bool(stop), world)):
-        for _, opt in parts.values():
-            opt.schedule(rate(cfg, step))
-        x0, *words = batches(step)                              # (B, C, H, W), (B, L) or (B, L, D), (B, L)
-        own = teacher.own(words)
+    for step in run.steps():
+        for player in game.players.values():
+            player.opt.schedule(rate(cfg, step))
         g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + step) * world + rank)
-        k = torch.randint(cfg.K, (len(x0),), generator=g, device=device)
-        t, turn = walk[k], (step + 1) % cfg.generator_every == 0
-        draw = lambda flow: draw_times(flow, len(x0), g, device)
-        with amp():                                             # closed before the next: autocast keeps weights that it has cast without gradients
-            x_t = simulated(net, walk, k, x0.shape, own, g, cfg.sampler) if cfg.backward_simulation else noised(x0, t, g)
-        with amp(), torch.set_grad_enabled(turn):
-            guess = predict(net, x_t, t, *own)                  # (B, C, H, W)
-        made = guess.detach()
+        batch = batches(step * world + rank)
+        made, values = game.play(batch, step, g)
+        run.log(pictures=cfg.batch, learners=game.players.values(), **values,
+                lr=cfg.lr * rate(cfg, step))
+        if rank == 0 and run.step % cfg.log_every == 0:
+            run.row(**latents_health(made[:16], batch.x0[:16], ae, cfg.batch))
+        if run.due():
+            run.save()
+            if rank == 0 and not run.stop:
+                report_health(cfg, run, game, ae, held_out, validation, prompts, few)
+            run.restart_clock()
 
-        # D: real pictures up, predictions down, both noised to t'
-        if "critic" in parts:
-            with torch.no_grad():
-                text = critic.frozen.encode(*(words if critic.frozen is teacher else own))
-            with amp():
-                t2 = draw(cfg.critic_times)
-                x2 = noised(x0, t2, g)
-                real, false = critic(x2, t2, text), critic(noised(made, t2, g), t2, text)
-                loss = critic_loss(cfg.loss, real, false)
-                if cfg.r1:
-                    r1 = r1_penalty(critic, x2, t2, text, real, cfg.r1_sigma, g)
-                    loss = loss + cfg.r1 * r1
-                    note(r1=r1.mean())
-            loss.mean().backward()
-            right = [((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, false)]
-            note(d_loss=loss.mean(), d_real=torch.cat(real, 1).sigmoid().mean(), d_fake=torch.cat(false, 1).sigmoid().mean(), accuracy=sum(right) / len(right),
-                 **{f"accuracy_{tap}": share for tap, share in zip(critic.taps, right)})
-            update("critic")
-
-        # the fake score: rectified flow on what G makes
-        if "fake" in parts:
-            with amp():
-                loss = flow_loss(lambda x, t: fake(x, t, *own), made, torch.randn(x0.shape, generator=g, device=device), draw(cfg.flow)).mean()
-            loss.backward()
-            note(fake_loss=loss)
-            update("fake")
-
-        # G: the gradient of each loss on the prediction, for the log; their sum goes back through G once
-        if turn:
-            leaf, grads, a = made.clone().requires_grad_(), {}, t[:, None, None, None]
-            with amp():
-                if cfg.kd_weight:
-                    v, losses = (x_t - leaf) / a, {}            # G's velocity; the data's, eps - x0, is (x_t - x0) / a
-                    task = (v - (x_t - x0) / a).square().mean((1, 2, 3))
-                    if cfg.kd or cfg.backward_simulation:
-                        losses["kd"] = (v - teacher_velocity(teacher, x_t, t, words, cfg.kd_steps)).square().mean((1, 2, 3))
-                        note(kd=losses["kd"].mean())
-                    loss = losses["kd"] if cfg.backward_simulation else mixed.scaled(task, losses, t)[0]    # a simulated x_t belongs to no picture: L_kd alone
-                    grads["kd"] = cfg.kd_weight * torch.autograd.grad(loss.mean(), leaf)[0]
-                    note(task=task.mean())
-                if "critic" in parts:
-                    t2 = draw(cfg.critic_times)
-                    loss = generator_loss(cfg.loss, critic(noised(leaf, t2, g), t2, text)).mean()
-                    grads["gan"] = cfg.gan_weight * torch.autograd.grad(loss, leaf)[0]
-                    note(g_loss=loss)
-                if "fake" in parts:
-                    grads["dmd"] = cfg.dmd_weight * dmd_gradient(teacher, fake, made, draw(cfg.flow), words, own, g) / len(x0)
-            note(**{f"pull_{name}": x.norm() for name, x in grads.items()})
-            guess.backward(sum(grads.values()))
-            update("generator")
-        step += 1
-        drawn += cfg.batch * world
-        if step % cfg.log_every == 0:
-            if main:
-                means, line = {k: torch.stack(v).nanmean().item() for k, v in seen.items()}, ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator")
-                log(step, **{k: means[k] for k in line if k in means}, lr=cfg.lr * rate(cfg, step - 1), **{"img/s": drawn / (time.time() - begin)})
-                log(step, show=False, **{k: v for k, v in means.items() if k not in line}, **health(made[:16], x0[:16], ae, cfg.batch))
-            seen.clear()
-            begin, drawn = time.time(), 0
-        if (step % cfg.eval_every == 0 or step == cfg.steps) and main:
-            save()
-            if not stop:
-                evaluate()
-            begin, drawn = time.time(), 0
-    if step < cfg.steps:
-        if main:
-            save()
-            print(f"stopped by SIGTERM, saved at step {step}: run the same command to go on", flush=True)
-    elif main:
-        small = {k: v.half() for k, v in {**net.state_dict(), **ema.state_dict()}.items()}      # fp16, to ship
-        save_checkpoint(out / "final", {"model": small}, {**asdict(cfg), "step": step, "few_steps": few}, latest=False)
-        print(f"done: {out}/final" + ("" if stop else f", samples_{step:07d}.png, health.png") + f"; try `python sample.py \"a red car\" --ckpt {out}`")
+    final = {**net.state_dict(), **game.ema.state_dict()}
+    if run.finish(final) and rank == 0:
+        print(f"done: {run.out}/final, samples_{run.step:07d}.png, health.png; try "
+              f"`python sample.py \"a red car\" --ckpt {run.out}`")
 
 
-def dry_run(cfg: Config) -> dict:
-    """All players. The student is the config's own where `init` is not there yet."""
-    try:
-        student = network_of(read_description(resolve(cfg.init)), cfg.init)
-    except UserError:
-        student = chosen(cfg.arch, cfg.model, cfg.mmdit)
-    teacher = teacher_network(cfg.teacher) if cfg.teacher else student
-    seen, turns, guided = replace(teacher if cfg.critic == "teacher" else student, checkpoint=student.checkpoint), 1 / cfg.generator_every, 1 + (cfg.teacher_cfg != 1)
-    S, T, D = (forward_flops(n, cfg.data.size, cfg.tokens) for n in (student, teacher, seen))
-    gan, dmd = cfg.method != "dmd", cfg.method != "gan"
-    parts, flops = [trained(cfg, "generator", student, muon_lr=cfg.muon_lr)], S + turns * (2 * S + bool(cfg.kd_weight) * cfg.kd_steps * guided * T)
-    parts.append(frozen(cfg, "teacher", teacher if cfg.critic != "teacher" else seen, gan and cfg.critic == "teacher"))
-    if gan:
-        with torch.device("meta"):
-            heads = Critic(cfg, SimpleNamespace(denoiser=SimpleNamespace(cfg=seen)))
-        parts.append(trained(cfg, "critic", beside=heads, average=False))
-        flops += (2 + bool(cfg.r1)) * D + turns * 2 * D         # real, fake, near; for G forward, and back to its input
-        if cfg.critic != "teacher":
-            parts.append(frozen(cfg, "features", seen, True))
-    if dmd:
-        parts.append(trained(cfg, "fake", student, average=False))
-        flops += 3 * S + turns * (guided * T + S)
-    return report(cfg, parts, flops)
+def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation, prompts, few):
+    """The averaged student in K steps: its grid, its health, its flow loss."""
+    net = game.net
+    how = sampling({**asdict(cfg), "few_steps": few})
+    net.eval()
+    with game.ema.swapped():
+        x0 = torch.stack(generate(net, None, prompts, range(len(prompts)), cfg.data.size, **how,
+                                  batch=cfg.batch))
+        val = float(np.nanmean(validation(net, game.bfloat16)))     # how far it has left the flow
+    net.train()
+    pictures = []
+    with torch.inference_mode():
+        for part in x0.split(cfg.batch):
+            pictures += to_pictures(ae.decode(part))
+    sheet = plots.grid(pictures, prompts, 6, max(1, 192 // cfg.data.size))
+    sheet.save(run.out / f"samples_{run.step:07d}.png")
+    h = latents_health(x0, held_out[:len(x0)].to(run.device), ae, cfg.batch)
+    run.row(val=val, **{f"sample_{k}": v for k, v in h.items()})
+    print(f"step {run.step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()),
+          flush=True)
+    for line in health_warnings(h):
+        print(f"step {run.step}: {line}", flush=True)
+    plots.health(run.out / "log.csv", run.out / "health.png")
+
+
+def main(argv):
+    make = "--cache" in argv
+    argv = [a for a in argv if a != "--cache"]
+    cfg = read_config(AdvConfig(), argv, "configs/adv_nano.toml")
+    make_cache(cfg, teacher_text(cfg)) if make else distil(cfg)
 
 
 if __name__ == "__main__":
     with friendly():
-        config = read_config(Config(), [a for a in sys.argv[1:] if a != "--dry-run"], "configs/adv_nano.toml")
-        if "--dry-run" in sys.argv:
-            sys.exit(dry_run(config) and 0)
-        if config.processes > 1 and "WORLD_SIZE" not in os.environ and pick_device(config.device).type == "cpu":
-            start_others(config.processes)
-        distil(config)
+        main(sys.argv[1:])

@@ -293,6 +293,7 @@ class Run:
         self.csv = Log(self.out / "log.csv", cfg.steps, self.start, quiet=not self.main)
         self.seen = defaultdict(list)
         self.pictures = 0
+        self.least = 0.0            # seconds a picture would take at the device's peak, for the MFU
         self.clock = time.time()
 
     def resume(self):
@@ -370,8 +371,10 @@ class Run:
         shown = self.shown or [k for k in self.seen if k not in vectors]
         if self.pictures:
             row["img/s"] = self.pictures / max(1e-9, time.time() - self.clock)
+        if self.pictures and self.least:
+            row["mfu"] = f"{100 * row['img/s'] * self.least:.0f}%"
         row["mem"] = f"{peak_memory(self.device):.1f}G"
-        self.csv(self.step, row, [*shown, "img/s", "mem"])
+        self.csv(self.step, row, [*shown, "img/s", "mfu", "mem"])
         for learner in learners:
             trouble = learner.trouble()
             if trouble and self.main:

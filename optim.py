@@ -51,7 +51,7 @@ def orthogonalise(matrices: list) -> list:
             A = X @ X.mT                                        # (k, m, m)
             B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
             X = torch.baddbmm(X, B, X, beta=3.4445)             # (k, m, n)
-        for i, x in zip(indices, X, strict=True):
+        for i, x in zip(indices, X):
             out[i] = x if matrices[i].shape[0] <= matrices[i].shape[1] else x.T
     return out
 
@@ -73,7 +73,7 @@ def orthogonalise_shared(matrices: list) -> list:
             device = matrices[0].device
             flat = torch.empty(sum(sizes), dtype=muon_precision(device), device=device)
         dist.broadcast(flat.view(torch.uint8), r)   # as bytes: not every backend knows bfloat16
-        for i, part in zip(share, flat.split(sizes), strict=True):
+        for i, part in zip(share, flat.split(sizes)):
             out[i] = part.view_as(matrices[i])
     return out
 
@@ -139,7 +139,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, grads, alpha=0.05)         # grads are 0 where keep is 0
         ahead = torch._foreach_lerp(grads, momenta, 0.95)       # Nesterov's look ahead
         matrices = [x.flatten(1) for x in ahead]                # (C_out, C_in*k*k)
-        for p, M, U in zip(params, matrices, orthogonalise_shared(matrices), strict=True):
+        for p, M, U in zip(params, matrices, orthogonalise_shared(matrices)):
             size = max(1, M.shape[0] / M.shape[1]) ** 0.5
             p.add_(U.view_as(p) * keep, alpha=-group["lr"] * size)
 
@@ -298,3 +298,14 @@ class Learner:
             raise UserError(f"{line}, the last {int(self.in_a_row)} in a row: lower lr, or set "
                             "amp=float32; the last good checkpoint is kept")
         return line
+
+
+def average_gradients(module: nn.Module):
+    """Gradients become their mean over the processes."""
+    grads = [p.grad for p in module.parameters() if p.grad is not None]
+    if not dist.is_initialized() or not grads:
+        return
+    flat = torch.cat([g.flatten() for g in grads])
+    dist.all_reduce(flat)
+    for g, part in zip(grads, flat.split([g.numel() for g in grads])):
+        g.copy_(part.view_as(g) / dist.get_world_size())

@@ -2,7 +2,7 @@
 
     python train.py [--config configs/nano.toml] [key=value ...]       `nano`: a laptop, minutes
     torchrun --nproc_per_node 8 train.py --config configs/base.toml
-    python train.py --cache --config configs/folder.toml data.folder=DIR   prepares your own pictures
+    python train.py --cache --config configs/folder.toml data.folder=DIR    your own pictures
 
 Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif,
 checkpoint/, and at the end final/, the averaged weights in fp16, to ship.
@@ -102,7 +102,7 @@ class FlowObjective(nn.Module):
     the loss per picture (B,) and values for the log: numbers for its line, vectors for log.csv
     alone (nan: none in this batch).
     """
-    states = None                   # text encoders whose cached states it reads beside the network's
+    states = None                   # text encoders whose cached states a teacher reads
 
     def __init__(self, net):
         super().__init__()
@@ -221,21 +221,18 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
               f"{count_params(net) / 1e6 - own:.2f} M text encoder, {len(latents)} pictures of "
               f"{cfg.data.size} px, {device}, step {run.step} of {cfg.steps}", flush=True)
     model = wrapped(cfg, objective, net, device, world)
-    work = training_flops(cfg)              # FLOPs a picture
-    peak = matmul_speed(device, bfloat16)   # FLOP/s
+    run.least = training_flops(cfg) / (matmul_speed(device, bfloat16) * world)
 
     for step in run.steps():
         opt.schedule(rate(cfg, step))
         loss, values = accumulate(cfg, model, batches, step, device, rank, world, bfloat16)
         norm = learner.step()
-        speed = run.speed(cfg.batch * cfg.accumulate)       # pictures/s of all processes
-        mfu = f"{100 * speed * work / (peak * world):.0f}%"
         run.log(pictures=cfg.batch * cfg.accumulate, learners=[learner], loss=loss, **values,
-                lr=cfg.lr * rate(cfg, step), grad=norm, mfu=mfu)
+                lr=cfg.lr * rate(cfg, step), grad=norm)
         if run.due():
             run.save()
             if rank == 0 and not run.stop:
-                evaluate(cfg, run, net, ema, ae, validation, prompts, bfloat16)
+                report_progress(cfg, run, net, ema, ae, validation, prompts, bfloat16)
             run.restart_clock()
 
     final = {**net.state_dict(), **ema.state_dict()}
@@ -278,7 +275,7 @@ def accumulate(cfg: TrainConfig, model, batches, step, device, rank, world, bflo
     return total, {k: torch.stack([v[k] for v in noted]).nanmean(0) for k in noted[0]}
 
 
-def evaluate(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, prompts, bfloat16: bool):
+def report_progress(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, prompts, bfloat16):
     """Held-out loss of raw and averaged weights, and the averaged ones' sample grid."""
     net.eval()
     # an evaluation has other shapes than training: run eagerly, or each would be compiled anew
