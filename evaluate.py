@@ -1,19 +1,24 @@
-"""Scores a text-to-picture checkpoint on scenes: GenEval's six categories by a small detector, and the Frechet distance on its features.
+"""Scores a text-to-picture checkpoint on held-out scenes, and measures its Frechet distance.
 
-    python evaluate.py --train-checker [key=value]            the detector, on renders alone (never on generated pictures)
-    python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]      score, intervals, confusions: DIR/score.json and DIR/score.png
-    python evaluate.py --ckpt DIR --fd 5000                   Frechet distance, precision and recall as well
-    python evaluate.py --ckpt DIR --prompts 8 --each 1 --sheet out.png              only the pictures, to judge by eye
-    python evaluate.py --ckpt DIR --geneval evaluation_metadata.jsonl --out DIR     pictures as GenEval's own evaluator reads them
-    python evaluate.py --ckpt DIR --dpg prompts/ --out DIR                          and as DPG-Bench's (a folder of ID.txt)
-    python evaluate.py --versus DIR_A DIR_B --out compare.html                      a blind comparison by people, one static page
-    python evaluate.py --figure BASE FAST --out steps.png                           two checkpoints at 1, 2, 4, 8 and 28 steps, and their scores against steps
+    python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]     DIR/score.json and DIR/score.png
+    python evaluate.py --ckpt DIR --fd 5000                  Frechet distance, precision and recall
+    python evaluate.py --ckpt DIR --prompts 8 --each 1 --sheet out.png       pictures alone
+    python evaluate.py --coreml BUNDLE --prompts 20 --each 1                 the files that ship
 
-Beside every score stand its ceiling (the same check on real held-out renders) and its floor (pictures against another prompt's scene).
-N pictures | F features
+As in GenEval, a detector (checker.py) looks for what each prompt asks for. Beside the score: its
+ceiling (the same check on real renders) and its floor (against another prompt's scene).
+
+N M pictures | F features of each
 """
-import argparse, base64, importlib.util, io, json, random, sys, time, zlib
+import argparse
+import importlib.util
+import json
+import math
+import random
+import sys
+import time
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,258 +26,205 @@ import torch
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from checker import CheckerConfig, ceiling, judge, load_checker, look, train_checker
+from checker import ceiling, judge, load_checker, look
 from checkpoint import resolve
-from common import ASSETS, ROOT, UserError, fill, friendly, provenance, read_config, setup
-from data import CATEGORIES, DataConfig, Scene, Scenes, grid
+from common import UserError, friendly, provenance, setup
 from decoder import load_autoencoder
-from plots import chart
-from sample import SAMPLERS, Bundle, generate, load_model, settings
-from train import Config, shown_prompts
+from model import load_model
+from plots import grid
+from sample import SAMPLERS, generate, sampling
+from scenes import CATEGORIES, Scene, Scenes
 
-# ---------------------------------------------------------------------------- distances between sets of pictures
+
 def frechet(a, b) -> float:
-    """Frechet distance between Gaussians fitted to features (N, F) and (M, F) (Heusel et al. 2017), in float64."""
+    """Distance of Gaussians fitted to features (N, F) and (M, F) (Heusel et al. 2017, eq. 6)."""
     a, b = a.double(), b.double()
-    ca, cb = a.T.cov(), b.T.cov()
-    values, vectors = torch.linalg.eigh(ca)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T                 # (F, F)
-    cross = torch.linalg.eigvalsh(root @ cb @ root).clamp(min=0).sqrt().sum()   # the trace of (ca cb)^1/2
-    return float((a.mean(0) - b.mean(0)).square().sum() + ca.trace() + cb.trace() - 2 * cross)
+    cov_a, cov_b = a.T.cov(), b.T.cov()                             # (F, F)
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T         # of cov_a
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
-    """Share of fakes within a real picture's k-th neighbour's radius, and the reverse (Kynkäänniemi et al. 2019)."""
+    """Shares of fakes within a real one's k-th neighbour's radius, and the reverse.
+
+    Features (N, F) and (M, F), with N and M above k (Kynkäänniemi et al. 2019, section 3).
+    """
     def covered(points, by):
-        radius = torch.cat([torch.cdist(x, by).kthvalue(k + 1).values for x in by.split(500)])  # itself is the first
-        return float(torch.cat([(torch.cdist(x, by) <= radius).any(1) for x in points.split(500)]).double().mean())
+        # k + 1, because each picture is its own nearest
+        radii = torch.cat([torch.cdist(x, by).kthvalue(k + 1).values for x in by.split(500)])
+        near = [(torch.cdist(x, by) <= radii).any(1) for x in points.split(500)]
+        return float(torch.cat(near).double().mean())
     return covered(fake, real), covered(real, fake)
 
 
-def inception_fid(real, fake, device):
-    """The usual FID on InceptionV3's features, where torch-fidelity and its weights lie on this disk; else None. uint8 pictures (H, W, 3)."""
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+def inception_fid(real, fake, device) -> float | None:
+    """The usual FID, on InceptionV3; None where torch-fidelity or its weights are not here."""
+    weights = Path(torch.hub.get_dir()) / "checkpoints/weights-inception-2015-12-05-6726825d.pth"
     if not weights.exists() or importlib.util.find_spec("torch_fidelity") is None:
         return None
     from torch_fidelity import calculate_metrics
-    class Pictures(torch.utils.data.Dataset):
-        def __init__(self, pictures): self.pictures = pictures
-        def __len__(self): return len(self.pictures)
-        def __getitem__(self, i): return torch.from_numpy(np.array(self.pictures[i])).permute(2, 0, 1)     # (3, H, W)
-    return float(calculate_metrics(input1=Pictures(fake), input2=Pictures(real), fid=True, cuda=device.type == "cuda", save_cpu_ram=True, verbose=False)["frechet_inception_distance"])
+    sets = []
+    for pictures in (fake, real):
+        tensors = [torch.tensor(p).permute(2, 0, 1) for p in pictures]      # (3, H, W), uint8
+        sets.append(torch.utils.data.Subset(tensors, range(len(tensors))))
+    measured = calculate_metrics(input1=sets[0], input2=sets[1], fid=True, save_cpu_ram=True,
+                                 cuda=device.type == "cuda", verbose=False)
+    return measured["frechet_inception_distance"]
 
 
-# ---------------------------------------------------------------------------- the score
-def interval(*rights, seed=0, n=2000):
-    """95 % of the mean of right (prompts, pictures) under resampling of prompts; of several categories' mean where several are given."""
+def interval(*rights, seed=0, n=2000) -> list[float]:
+    """95 % interval, by resampling prompts, of the mean over `rights`, (prompts, pictures) each."""
     rng = np.random.default_rng(seed)
-    means = [right.mean(1)[rng.integers(0, len(right), (n, len(right)))].mean(1) for right in rights]
+    means = [r.mean(1)[rng.integers(0, len(r), (n, len(r)))].mean(1) for r in rights]
     return [float(v) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
 
 
 def score(pictures, scenes: list[Scene], checker, each: int):
-    """`each` pictures a scene, in order. Returns ({category or "mean": {score, low, high, shuffled}}, verdicts, confusions)."""
+    """`each` pictures a scene, in order -> ({category or "mean": row}, verdicts, confusions)."""
     seen, _ = look(checker, pictures)
-    asked = [s for s in scenes for _ in range(each)]
-    verdicts, out, confusions, rights = [judge(s, o) for s, o in zip(asked, seen)], {}, {}, []
-    for category in dict.fromkeys(s.category for s in scenes):
-        index = [i for i, s in enumerate(asked) if s.category == category]
+    asked = [scene for scene in scenes for _ in range(each)]
+    verdicts = list(map(judge, asked, seen))
+    scores, confusions, rights = {}, {}, []
+    for category in dict.fromkeys(scene.category for scene in scenes):
+        index = [i for i, scene in enumerate(asked) if scene.category == category]
         right = np.array([verdicts[i] == "" for i in index], float).reshape(-1, each)
-        moved = index[each:] + index[:each]                 # each picture against the next prompt: a check that cannot fail is none
-        low, high = interval(right)
         rights.append(right)
-        out[category] = {"score": float(right.mean()), "low": low, "high": high, "shuffled": float(np.mean([judge(asked[j], seen[i]) == "" for i, j in zip(index, moved)]))}
-        confusions[category] = Counter(verdicts[i] for i in index if verdicts[i]).most_common(8)
+        # each picture against the next prompt: a check that cannot fail is worth nothing
+        moved = [asked[i] for i in index[each:] + index[:each]]
+        shuffled = [judge(scene, seen[i]) == "" for i, scene in zip(index, moved, strict=True)]
+        scores[category] = summary(right.mean(), np.mean(shuffled), right)
+        confusions[category] = Counter(filter(None, (verdicts[i] for i in index))).most_common(8)
+    means = [np.mean([row[key] for row in scores.values()]) for key in ("score", "shuffled")]
+    scores["mean"] = summary(*means, *rights)
+    confusions["mean"] = []
+    return scores, verdicts, confusions
+
+
+def summary(mean, shuffled, *rights) -> dict:
     low, high = interval(*rights)
-    out["mean"] = {"score": float(np.mean([r["score"] for r in out.values()])), "low": low, "high": high, "shuffled": float(np.mean([r["shuffled"] for r in out.values()]))}
-    return out, verdicts, confusions
+    return {"score": float(mean), "low": low, "high": high, "shuffled": float(shuffled)}
 
 
-def benchmark_folder(a):
-    """The folders that the official evaluators read. GenEval: OUT/00000/metadata.jsonl (the prompt's own line) and OUT/00000/samples/00000.png ...
-    DPG-Bench: OUT/ID.png, four pictures as two rows of two; give its script --resolution (the size) and --pic-num 4. What is there is kept."""
-    out = Path(a.out or f"runs/{'geneval' if a.geneval else 'dpg'}")
-    source, jobs = Path(a.geneval or a.dpg), []             # (prompt, where its pictures go, metadata)
-    if a.geneval:
-        try:
-            lines = [json.loads(line) for line in source.read_text().splitlines() if line.strip()]
-            jobs = [(line["prompt"], out / f"{i:05d}", line) for i, line in enumerate(lines)]
-        except (OSError, json.JSONDecodeError, KeyError, TypeError) as e:
-            raise UserError(f"{source} is not GenEval's prompts/evaluation_metadata.jsonl ({e!r}): one JSON object with a 'prompt' in each line")
-    else:
-        jobs = [(p.read_text().strip(), out / f"{p.stem}.png", None) for p in sorted(source.glob("*.txt"))]
-    if not jobs:
-        raise UserError(f"no prompts in {source}: DPG-Bench's are a folder of ID.txt")
-    device, _, _ = setup(a.device)
-    (net, config), ae, each = load_model(a.ckpt, device), load_autoencoder(a.ae, device), 4
-    how = settings(config, a.steps, a.cfg, a.sampler)
-    for k, (prompt, place, line) in enumerate(tqdm(jobs, unit="prompt")):
-        if (place / f"samples/{each - 1:05d}.png").exists() or place.is_file():
-            continue
-        pictures = generate(net, ae, [prompt] * each, range(k * each, (k + 1) * each), config["data"]["size"], **how)
-        if line is not None:
-            (place / "samples").mkdir(parents=True, exist_ok=True)
-            (place / "metadata.jsonl").write_text(json.dumps(line))
-            for i, picture in enumerate(pictures):
-                Image.fromarray(picture).save(place / f"samples/{i:05d}.png")
-        else:
-            out.mkdir(parents=True, exist_ok=True)
-            tmp = place.with_suffix(".tmp")                 # a half-written picture must not be kept
-            Image.fromarray(np.concatenate([np.concatenate(pictures[:2], 1), np.concatenate(pictures[2:], 1)])).save(tmp, "png")
-            tmp.rename(place)
-    print(f"{out}: {len(jobs)} prompts, {each} pictures each, of {config['data']['size']} px")
-
-
-def versus(a):
-    """One page that shows pairs of pictures of held-out prompts, unlabelled and shuffled; it counts what a person prefers."""
-    device, _, _ = setup(a.device)
-    ae, drawn = load_autoencoder(a.ae, device), []
-    first = load_model(a.versus[0], device)[1]["data"]
-    test = Scenes(first["size"], "test", seed=13, nouns=first["nouns"], layout=first["layout"], atlas=first["atlas"])
-    captions = [test.caption(test.scene(i, c), random.Random(i)) for i in range(a.prompts) for c in CATEGORIES]
-    for path in a.versus:
-        net, config = load_model(path, device)
-        drawn.append(generate(net, ae, captions, range(len(captions)), config["data"]["size"], **settings(config, a.steps, a.cfg, a.sampler), batch=a.batch, progress=True))
-
-    def url(picture):
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "png")
-        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-    rng, pairs = random.Random(0), []
-    for caption, one, other in zip(captions, *drawn):
-        flip = rng.random() < 0.5
-        pairs.append({"prompt": caption, "left": url(other if flip else one), "right": url(one if flip else other), "flip": flip})
-    rng.shuffle(pairs)
-    data = json.dumps({"id": f"{zlib.crc32(json.dumps(pairs).encode()):08x}", "a": str(a.versus[0]), "b": str(a.versus[1]), "pairs": pairs}).replace("</", "<\\/")
-    out = Path(a.out or "compare.html")
-    try:
-        out.write_text((ASSETS / "compare.html").read_text().replace("/*DATA*/null", data))
-    except OSError as e:
-        raise UserError(f"cannot write {out}: {e}")
-    print(f"{out}: {len(pairs)} pairs; open it in a browser")
-
-
-def scores_of(path: str) -> dict:
-    """{steps: mean score} of the score.json files below a checkpoint and of those in docs/results that name it; the best, where there are several."""
-    scores, folder = {}, Path(path) if Path(path).is_dir() else ROOT / path
-    theirs = [r for r in (json.loads(p.read_text()) for p in (ROOT / "docs/results").glob("*/score.json")) if r["ckpt"] == path]
-    for r in theirs + [json.loads(p.read_text()) for p in folder.rglob("score.json")]:
-        scores[r["steps"]] = max(scores.get(r["steps"], 0.01), r["scores"]["mean"]["score"])
-    return scores
-
-
-def figure(a):
-    """Rows of prompts, columns of steps: the base student with its guidance above, the distilled one below; and the curve of their scores, such as
-    `python evaluate.py --ckpt DIR --steps 4 --out DIR/steps4` leaves."""
-    columns, cells, words, lines, prompts = (1, 2, 4, 8, 28), [], [], [], []
-    device, _, _ = setup(a.device)
-    ae = load_autoencoder(a.ae, device)
-    for path, colour in zip(a.figure, ((220, 110, 30), (40, 90, 220))):
-        net, config = load_model(path, device)
-        prompts = prompts or shown_prompts(Config(data=fill(DataConfig(), config["data"], path)))[:6]      # one a category
-        drawn = [generate(net, ae, prompts, range(6), config["data"]["size"], **settings(config, n)) for n in columns]
-        cells += [pictures[i] for i in range(6) for pictures in drawn]
-        words += [f"{n} steps, {'base' if not lines else 'distilled'}: {p}" for p in prompts for n in columns]
-        scores = scores_of(path)
-        lines.append(([(i, scores[n]) for i, n in enumerate(columns) if n in scores], colour))
-        print(f"{path}: " + (", ".join(f"{n} steps {s:.3f}" for n, s in sorted(scores.items())) or f"no scores there: python evaluate.py --ckpt {path} --steps 4 --out {path}/steps4, and so on"))
-    sheet, curve = grid(cells, words, len(columns), max(1, 128 // cells[0].shape[0])), chart(lines, f"score at {', '.join(map(str, columns))} steps; orange: base, blue: distilled")
-    whole = Image.new("RGB", (max(sheet.width, curve.width if curve else 0), sheet.height + (curve.height if curve else 0)), (255, 255, 255))
-    for picture, y in ((sheet, 0), (curve, sheet.height)):
-        if picture:
-            whole.paste(picture, (0, y))
-    try:
-        whole.save(out := a.out or "steps.png")
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot write {out}: {e}")
-    print(f"{out}: {a.figure[0]} above, {a.figure[1]} below")
+def contact_sheet(pictures, captions, verdicts, per_category, each, shown=12):
+    """The first prompts' first pictures, a row a category, framed green (right) or red (wrong)."""
+    columns = min(shown, per_category // each)
+    framed, words = [], []
+    for first in range(0, len(pictures), per_category):
+        for i in range(first, first + columns * each, each):
+            picture = Image.fromarray(pictures[i]).resize((128, 128), Image.Resampling.NEAREST)
+            colour = (210, 40, 40) if verdicts[i] else (40, 170, 60)
+            ImageDraw.Draw(picture).rectangle((0, 0, 127, 127), outline=colour, width=4)
+            framed.append(np.asarray(picture))
+            words.append(captions[i] + (f" [{verdicts[i]}]" if verdicts[i] else ""))
+    return grid(framed, words, columns)
 
 
 def evaluate(a):
     device, _, _ = setup(a.device)
-    checker = None if a.sheet else load_checker(a.checker, device)
+    folder = Path(a.out or a.coreml or resolve(a.ckpt))
+    folder.mkdir(parents=True, exist_ok=True)       # now, not after all pictures are drawn
+    checker = load_checker(a.checker, device)
     if a.coreml:
+        from coreml.bundle import Bundle
         net = ae = Bundle(a.coreml)
-        config, a.ckpt = net.config, a.coreml
+        config = net.config
     else:
-        (net, config), ae = load_model(a.ckpt, device), load_autoencoder(a.ae, device)
-    how, d = settings(config, a.steps, a.cfg, a.sampler), config["data"]
-    steps, cfg, sampler = len(how["steps"]) - 1, how["cfg"], how["sampler"]
-    test = Scenes(d["size"], "test", seed=9, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
-    scenes = [test.scene(i, c) for c in CATEGORIES for i in range(a.prompts)]
-    captions = [test.caption(s, random.Random(i)) for i, s in enumerate(scenes) for _ in range(a.each)]
-    draw = lambda captions, first: generate(net, ae, captions, range(first, first + len(captions)), d["size"], **how, batch=a.batch, progress=True)
+        net, config = load_model(a.ckpt, device)
+        ae = load_autoencoder(a.ae, device)
+    how = sampling(config, a.steps, a.cfg, a.sampler)
+    data = config["data"]
+    source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"],
+                     atlas=data["atlas"])
+    test = source(seed=9)
+    scenes = [test.scene(i, category) for category in CATEGORIES for i in range(a.prompts)]
+    captions = [test.caption(scene, random.Random(i))
+                for i, scene in enumerate(scenes) for _ in range(a.each)]
+    draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
     begin = time.time()
-    pictures = draw(captions, 0)
-    if a.sheet:
-        grid(pictures, captions, a.prompts * a.each, max(1, 128 // d["size"])).save(a.sheet)
-        return print(f"{a.sheet}: held-out prompts, a row for each of {', '.join(CATEGORIES)}")
+    pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
-    result, verdicts, confusions = score(pictures, scenes, checker, a.each)
-    top = ceiling(checker, 200, d["size"], d["nouns"], d["layout"])
-    top["mean"], confusions["mean"] = float(np.mean(list(top.values()))), []
-    print(f"{a.ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {a.prompts} prompts a category, {a.each} pictures each, {seconds:.3f} s a picture\n")
-    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistaken most")
-    for c, r in result.items():
-        print(f"{c:12} {r['score']:6.3f}  {r['low']:.3f} - {r['high']:.3f} {top[c]:7.3f} {r['shuffled']:8.3f}  " + "; ".join(f"{w} ({n})" for w, n in confusions[c][:3]))
-    out = {"ckpt": str(a.ckpt), "step": config.get("step"), "steps": steps, "cfg": cfg, "sampler": sampler, "prompts": a.prompts, "each": a.each,
-           "seconds": seconds, "scores": result, "ceiling": top, "confusions": confusions, **provenance()}
+    columns = a.prompts * a.each
+    if a.sheet:
+        grid(pictures, captions, columns, max(1, 128 // data["size"])).save(a.sheet)
+        print(f"{a.sheet}: held-out prompts, a row for each of {', '.join(CATEGORIES)}")
+        return
+    scores, verdicts, confusions = score(pictures, scenes, checker, a.each)
+    top = ceiling(checker, 200, data["size"], data["nouns"], data["layout"])
+    top["mean"] = float(np.mean(list(top.values())))
+    result = {
+        "ckpt": a.coreml or a.ckpt, "step": config.get("step"), "steps": len(how["steps"]) - 1,
+        "cfg": how["cfg"], "sampler": how["sampler"], "prompts": a.prompts, "each": a.each,
+        "seconds": seconds, "scores": scores, "ceiling": top, "confusions": confusions,
+    } | provenance()
+    print_table(result)
     if a.fd:
-        plain = Scenes(d["size"], "test", seed=11, nouns=d["nouns"], layout=d["layout"], atlas=d["atlas"])
-        renders, drawn = [plain[i][0] for i in tqdm(range(2 * a.fd), "renders")], draw([plain[i][1] for i in range(a.fd)], 10**6)
-        real, fake = look(checker, renders)[1], look(checker, drawn)[1]
-        precision, recall = precision_recall(real[:a.fd], fake)
-        out |= {"fd": frechet(fake, real[:a.fd]), "fd_floor": frechet(real[a.fd:], real[:a.fd]), "fd_pictures": a.fd, "precision": precision, "recall": recall,
-                "fid": inception_fid(renders[:a.fd], drawn, device)}
-        print(f"\nFrechet distance on the checker's features, {a.fd} pictures: {out['fd']:.3f} (renders against renders {out['fd_floor']:.3f}); precision {precision:.3f}, recall {recall:.3f}")
-        print("FID on InceptionV3's features: " + (f"{out['fid']:.2f}" if out["fid"] is not None else "not measured (pip install torch-fidelity, and put its weights into torch's hub folder)"))
-    folder = Path(a.out or (a.coreml or resolve(a.ckpt)))
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "score.json").write_text(json.dumps(out, indent=1))
-    contact_sheet(pictures, captions, verdicts, a.prompts * a.each, a.each).save(folder / "score.png")
+        result |= distances(draw, checker, source(seed=11), a.fd)
+    (folder / "score.json").write_text(json.dumps(result, indent=1))
+    contact_sheet(pictures, captions, verdicts, columns, a.each).save(folder / "score.png")
     print(f"\n{folder}/score.json, {folder}/score.png")
 
 
-def contact_sheet(pictures, captions, verdicts, per_category, each, shown=12):
-    """The first picture of the first prompts of each category, framed green where right and red where wrong, with what is wrong."""
-    index = [c * per_category + i * each for c in range(len(pictures) // per_category) for i in range(min(shown, per_category // each))]
-    framed = []
-    for i in index:
-        image = Image.fromarray(pictures[i]).resize((128, 128), Image.Resampling.NEAREST)
-        ImageDraw.Draw(image).rectangle((0, 0, 127, 127), outline=(210, 40, 40) if verdicts[i] else (40, 170, 60), width=4)
-        framed.append(np.asarray(image))
-    return grid(framed, [captions[i] + (f" [{verdicts[i]}]" if verdicts[i] else "") for i in index], min(shown, per_category // each))
+def print_table(result: dict):
+    print("{ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {prompts} prompts a category, "
+          "{each} pictures each, {seconds:.3f} s a picture\n".format(**result))
+    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistaken most")
+    for category, row in result["scores"].items():
+        wrong = "; ".join(f"{what} ({n})" for what, n in result["confusions"][category][:3])
+        print(f"{category:12} {row['score']:6.3f}  {row['low']:.3f} - {row['high']:.3f} "
+              f"{result['ceiling'][category]:7.3f} {row['shuffled']:8.3f}  {wrong}")
 
 
-def main(argv):
-    if argv[:1] == ["--train-checker"]:
-        return train_checker(read_config(CheckerConfig(), argv[1:]))
-    p = argparse.ArgumentParser(description=__doc__.split("\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--ckpt", default="assets/scenes")
-    p.add_argument("--ae", default="assets/ae")
-    p.add_argument("--coreml", default="", metavar="BUNDLE", help="score this Core ML bundle instead of --ckpt and --ae, picture by picture")
+def distances(draw, checker, plain: Scenes, n: int) -> dict:
+    """n pictures against n renders of the same scenes, and, as the floor, n other renders."""
+    renders = [plain[i][0] for i in tqdm(range(2 * n), "renders")]
+    drawn = draw([plain[i][1] for i in range(n)], range(10**6, 10**6 + n))
+    real = look(checker, renders)[1]                                # (2n, F)
+    fake = look(checker, drawn)[1]                                  # (n, F)
+    precision, recall = precision_recall(real[:n], fake)
+    found = {
+        "fd": frechet(fake, real[:n]), "fd_floor": frechet(real[n:], real[:n]), "fd_pictures": n,
+        "precision": precision, "recall": recall,
+        "fid": inception_fid(renders[:n], drawn, checker.head.weight.device),
+    }
+    print("\nFrechet distance of {fd_pictures} pictures, on the checker's features: {fd:.3f} (renders"
+          " against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
+          "FID on InceptionV3's features (None: torch-fidelity is not installed, or its weights "
+          "are not in torch's hub folder): {fid}".format(**found))
+    return found
+
+
+def parse_evaluation(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
+    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--coreml", default="", metavar="BUNDLE", help="score it instead of --ckpt")
     p.add_argument("--checker", default="assets/checker")
-    p.add_argument("--steps", type=int, help="this, --cfg and --sampler: by default what the checkpoint's few_steps say, else 28, 4 and dpmpp")
-    p.add_argument("--cfg", type=float)
-    p.add_argument("--sampler", choices=SAMPLERS)
+    p.add_argument("--steps", type=int, help="default: the checkpoint's few_steps, else 28")
+    p.add_argument("--cfg", type=float, help="guidance; default: few_steps', else 4")
+    p.add_argument("--sampler", choices=SAMPLERS, help="default: few_steps', else dpmpp")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
-    p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance; 0 = none")
-    p.add_argument("--geneval", default="", help="GenEval's evaluation_metadata.jsonl")
-    p.add_argument("--dpg", default="", help="DPG-Bench's folder of prompts")
-    p.add_argument("--sheet", default="", help="only draw the pictures into this file, to judge by eye")
-    p.add_argument("--versus", nargs=2, default=(), metavar=("A", "B"), help="two checkpoints")
-    p.add_argument("--figure", nargs=2, default=(), metavar=("BASE", "FAST"), help="two checkpoints")
+    p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance")
+    p.add_argument("--sheet", default="", metavar="FILE", help="only draw the pictures into it")
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--out", default="", help="folder of score.json and score.png; default: the checkpoint's")
+    p.add_argument("--out", default="", help="folder of score.json and score.png; default: --ckpt")
     p.add_argument("--device", default="auto")
     a = p.parse_args(argv)
-    if min(1 if a.steps is None else a.steps, a.prompts, a.each) < 1:
-        raise UserError("--steps, --prompts and --each want 1 or more")
-    (figure if a.figure else versus if a.versus else benchmark_folder if a.geneval or a.dpg else evaluate)(a)
+    if min(a.prompts, a.each, a.batch, a.steps or 1) < 1 or a.steps == 0:
+        raise UserError("--steps, --prompts, --each and --batch want 1 or more")
+    if a.fd != 0 and a.fd < 4:
+        raise UserError(f"--fd wants 0 (none) or 4 pictures and more, got {a.fd}")
+    if a.cfg is not None and not math.isfinite(a.cfg):
+        raise UserError(f"--cfg must be a finite number, got {a.cfg}")
+    sheet = Path(a.sheet or "sheet.png")
+    if not sheet.parent.is_dir() or sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
+        raise UserError(f"--sheet {sheet}: name a .png, .jpg or .webp file in a folder that exists")
+    return a
 
 
 if __name__ == "__main__":
     with friendly():
-        main(sys.argv[1:])
+        evaluate(parse_evaluation(sys.argv[1:]))
