@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import errno
 import json
-import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -109,20 +109,22 @@ def typed(value, old, name: str, where: str):
 
 def check_range(value, allowed, name: str, where: str):
     """UserError where a value, or an entry of a list, is outside of what option() allows."""
+    low, high, above = (allowed.get(k) for k in ("low", "high", "above"))
+    choices = allowed.get("choices")
     for v in value if isinstance(value, list) else [value]:
-        number = isinstance(v, (int, float)) and not isinstance(v, bool)
-        if number and not math.isfinite(v):
-            raise UserError(f"{where}: '{name}' must be a finite number, got {v}")
-        if number and abs(v) > 2**53:
-            raise UserError(f"{where}: '{name}' is too large: {v}")
-        if allowed.get("low") is not None and v < allowed["low"]:
-            raise UserError(f"{where}: '{name}' wants {allowed['low']} or more, got {v}")
-        if allowed.get("above") is not None and v <= allowed["above"]:
-            raise UserError(f"{where}: '{name}' wants more than {allowed['above']}, got {v}")
-        if allowed.get("high") is not None and v > allowed["high"]:
-            raise UserError(f"{where}: '{name}' wants {allowed['high']} or less, got {v}")
-        if allowed.get("choices") and v not in allowed["choices"]:
-            raise UserError(f"{where}: '{name}' is '{v}': use {', '.join(allowed['choices'])}")
+        wanted = ""
+        if isinstance(v, (int, float)) and not -(2**53) <= v <= 2**53:      # nan fails too
+            wanted = "a finite number up to 2^53"
+        elif low is not None and v < low:
+            wanted = f"{low} or more"
+        elif above is not None and v <= above:
+            wanted = f"more than {above}"
+        elif high is not None and v > high:
+            wanted = f"{high} or less"
+        elif choices and v not in choices:
+            wanted = "one of " + ", ".join(choices)
+        if wanted:
+            raise UserError(f"{where}: '{name}' wants {wanted}, got {v!r}")
 
 
 def check_config(cfg, where: str = "config"):
@@ -295,35 +297,22 @@ def peak_memory(device: torch.device) -> float:
 
 
 def provenance(seed: int = 0) -> dict:
-    """Where a measured number comes from: commit ("+" = changed files), machine, versions, date."""
-    commit = git("rev-parse", "--short", "HEAD")
-    if git("status", "--porcelain", "-uno", "--", ":!docs"):
-        commit += "+"
-    return {
-        "commit": commit,
-        "machine": f"{processor()}, {os.cpu_count()} CPU cores",
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "seed": seed,
-    }
-
-
-def git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    try:
+    """Where a number comes from: commit ("+": files outside of docs/ differ), machine, date."""
+    def git(*arguments):
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""                                       # git is not installed
 
-
-def processor() -> str:
+    commit = ""
+    with contextlib.suppress(OSError):                  # git may not be installed
+        commit = git("rev-parse", "--short", "HEAD")
+        commit += "+" * bool(git("status", "--porcelain", "-uno", "--", ":!docs"))
+    machine = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, TypeError):       # /proc is Linux's
+        machine = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+        machine = torch.cuda.get_device_name()
+    return {"commit": commit, "machine": f"{machine}, {os.cpu_count()} CPU cores",
+            "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
 
 # ---------------------------------------------------------------------------- log

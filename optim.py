@@ -160,32 +160,20 @@ class Muon(torch.optim.Optimizer):
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """{"count": .., "3.momentum": .., ...}: the state as safetensors takes it."""
+        for group in self.param_groups:
+            self.moments(group, group["params"])                # makes those that are not there yet
         state = self.state_dict()["state"]
         flat = {f"{i}.{name}": x for i, moments in state.items() for name, x in moments.items()}
         return {"count": self.count, **flat}
 
     def load_tensors(self, tensors: dict, what: str = "optimizer"):
         """The reverse of tensors(). UserError where keys or shapes are another network's."""
-        shapes, index = {}, 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                for name in ("momentum",) if group["muon"] else ("m", "v"):
-                    shapes[f"{index}.{name}"] = p.shape
-                index += 1
-        unknown = [k for k in tensors if k != "count" and k not in shapes]
-        wrong = [k for k in shapes if k in tensors and tensors[k].shape != shapes[k]]
-        if unknown or wrong or "count" not in tensors:
-            first = (unknown + wrong + ["count"])[0]
-            raise UserError(f"{what} belongs to another network or optimizer ('{first}' does not "
-                            "fit): resume with the settings that the run began with, or give "
-                            "another out=")
-        state = {}
-        for key in tensors.keys() - {"count"}:
-            i, name = key.split(".")
-            state.setdefault(int(i), {})[name] = tensors[key]
-        groups = self.state_dict()["param_groups"]
-        self.load_state_dict({"state": state, "param_groups": groups})
-        self.count.copy_(tensors["count"])
+        own = self.tensors()
+        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in tensors.items()}:
+            raise UserError(f"{what} belongs to another network or optimizer: resume with the "
+                            "settings that the run began with, or give another out=")
+        for key, x in own.items():
+            x.copy_(tensors[key])
 
 
 # ---------------------------------------------------------------------------- the average
