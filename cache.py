@@ -1,12 +1,23 @@
-"""The cache of your own pictures: latents and text states, written once -> batches for train.py, which then loads no encoder.
+"""The cache of your own pictures: latents and text states, written once, read by every training.
 
-    python data.py --cache --config configs/folder.toml [key=value ...]     writes it; killed, it goes on where it was; torchrun shares the work
+    python train.py --cache --config configs/folder.toml [key=value ...]
 
-The cache: NNNNNN.safetensors, each `data.shard` pictures of the listing; in it, for every bucket, `HxW` with the latents (n, C, H/8, W/8) in fp16, and in the metadata the names and
-captions. With frozen text encoders also `HxW.emb` (n, L, D) and `HxW.pooled` (n, P) in fp16 and `HxW.mask` (n, L), and empty.safetensors with those of the empty caption; with a teacher
-of SD3's its states, in files of their own beside these, sd3-NNNNNN.safetensors and sd3-empty.safetensors. Files are mapped, not loaded. cache.json says what the cache was made with: another autoencoder or other pictures want another directory.
+(distill.py and adv_distill.py take --cache too.) Killed, it goes on where it was; torchrun shares
+the work. In the directory each NNNNNN.safetensors has `data.shard` pictures of the listing: for
+every bucket `HxW` the latents in fp16; names and captions are in the metadata. Frozen text encoders
+add `HxW.emb`, `HxW.mask`, `HxW.pooled`, and empty.safetensors for the empty caption; an SD3 teacher
+has its states in sd3-NNNNNN.safetensors and sd3-empty.safetensors. Files are mapped, not loaded.
+cache.json says what the cache was made with: another autoencoder, other text encoders or other
+pictures want another directory.
+
+B batch | C h w latents | L tokens | D width | P pooled width | H W pixels
 """
-import contextlib, functools, hashlib, json, random, time
+import contextlib
+import functools
+import hashlib
+import json
+import random
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -17,246 +28,389 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from checkpoint import sync
+from checkpoint import write_whole
 from common import UserError, setup
-from data import encode_pictures
-from pictures import Prepared, buckets, find_pictures
-from text import Text, TextConfig, drop_encoders, encoding, join, parts_of, tokenize
+from data import Batch, seeded
+from decoder import encode_pictures, load_autoencoder
+from pictures import Item, Place, Prepared, find_pictures
+from text import (
+    Text,
+    TextConfig,
+    Vocabulary,
+    drop_encoders,
+    join_texts,
+    load_encoders,
+    load_vocabulary,
+    on_device,
+    parts_of,
+)
 
 PIXELS = 2**21              # encoded at a time: two pictures of 1024 px, 512 of 64 px
 CAPTIONS = 32               # of the text encoders, at a time
+TAIL = 4096                 # bytes of a picture that are hashed: its end changes with any edit
 
 
-# ---------------------------------------------------------------------------- the cache, written
-def settings(cfg, ae) -> dict:
-    """What makes a cache another cache."""
-    d = cfg.data
-    return {"size": d.size, "bucket_step": d.bucket_step, "max_ratio": d.max_ratio, "max_upscale": d.max_upscale, "shard": d.shard, "text": cfg.text.kind, "autoencoder": fingerprint(ae)}
+# ---------------------------------------------------------------------------- what it was made with
+def autoencoder_fingerprint(ae) -> str:
+    """A name for an autoencoder's latents: a hash of its encoder's weights, its scale and shift."""
+    sha = hashlib.sha256(json.dumps([ae.cfg.scale, ae.cfg.shift]).encode())
+    for name, x in ae.encoder.state_dict().items():
+        sha.update(name.encode())
+        sha.update(x.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
-def fingerprint(ae) -> str:
-    return f"{sum(p.double().sum().item() for p in ae.encoder.parameters()):.9f}"
+def cache_settings(cfg, ae) -> dict:
+    d, text = cfg.data, cfg.text
+    made_with = {
+        "size": d.size, "bucket_step": d.bucket_step, "max_ratio": d.max_ratio,
+        "max_upscale": d.max_upscale, "shard": d.shard, "text": text.kind,
+        "autoencoder": autoencoder_fingerprint(ae),
+    }
+    if text.kind != "own":
+        made_with |= {"text.folder": text.folder, "text.width": text.width,
+                      "text.tokens": text.tokens, "text.leave_out": sorted(text.leave_out)}
+    return made_with
 
 
-def write(path: Path, save):
-    """All or nothing: a temporary file, synced, renamed."""
-    tmp = path.with_name(path.name + ".tmp")
-    save(tmp)
-    sync(tmp)
-    tmp.rename(path)
-    sync(path.parent)
+def listing_key(items: list[Item]) -> str:
+    """A hash of what is in a folder: names, sizes and ends of pictures, captions as they are."""
+    sha = hashlib.sha256()
+    for item in items:
+        picture, caption, size = b"", item.caption, 0
+        with contextlib.suppress(OSError):      # a file that cannot be read is skipped later
+            if item.picture:
+                size = item.picture.size
+                end = min(size, TAIL)
+                picture = item.picture._replace(
+                    offset=item.picture.offset + size - end, size=end).read()
+            if isinstance(caption, Place):
+                caption = caption.read()
+        sha.update(repr((item.name, size, picture, caption)).encode())
+    return sha.hexdigest()[:16]
 
 
 def read_state(cfg, ae=None) -> dict | None:
-    """cache.json; None where there is none. UserError where it was made with other settings (without the autoencoder, nothing is compared)."""
+    """cache.json; None where there is none. UserError where it was made with other settings.
+    Without the autoencoder nothing is compared."""
     path = Path(cfg.data.cache) / "cache.json"
     if not path.exists():
         return None
+    wanted = cache_settings(cfg, ae) if ae else {}
     try:
         state = json.loads(path.read_text())
-        wrong = [(k, state["settings"].get(k), v) for k, v in settings(cfg, ae).items() if state["settings"].get(k) != v] if ae else []
+        wrong = [(k, state["settings"].get(k), v) for k, v in wanted.items()
+                 if state["settings"].get(k) != v]
     except (ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{path} is damaged ({e}): delete the directory and make the cache again")
-    if wrong:
-        raise UserError(f"{cfg.data.cache} was made with {wrong[0][0]}={wrong[0][1]}, the config says {wrong[0][2]}: give another data.cache, or delete it and make it again")
+        raise UserError(f"{path} is damaged ({e}): delete the directory and make the cache "
+                        "again") from None
+    for key, was, now in wrong:
+        raise UserError(f"{cfg.data.cache} was made with {key}={was}, the config says {now}: give "
+                        "another data.cache, or delete it and make it again")
     return state
 
 
-def make_cache(cfg, teacher: TextConfig | None = None):
-    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache; `teacher`: and of its states. Shard k is made by rank k % world, and is the same whoever makes it."""
-    from decoder import load_autoencoder
+# ---------------------------------------------------------------------------- writing
+def make_cache(cfg, teacher_text: TextConfig | None = None):
+    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache.
+
+    Shard k is made by rank k % world, and is the same whoever makes it. teacher_text: the text
+    encoders of an SD3 teacher, whose states are added."""
     device, rank, world = setup(cfg.device)
-    d, root, start = cfg.data, Path(cfg.data.cache), time.time()
+    root, start = Path(cfg.data.cache), time.time()
+    items, ae, state = begin(cfg, device, rank)
+    shards = range(state["shards"])
+    there = sum(shard_path(root, k).exists() for k in shards)
+    if rank == 0 and 0 < there < len(shards):
+        print(f"{root}: {there} of {len(shards)} shards are there already, going on", flush=True)
+    mine = [k for k in shards if k % world == rank and not is_whole(shard_path(root, k))]
+    lacks_empty = cfg.text.kind != "own" and rank == 0 and not is_whole(root / "empty.safetensors")
+    encode = None
+    if cfg.text.kind != "own" and (mine or lacks_empty):
+        encode = load_encoders(cfg.text, device)
+    if lacks_empty:
+        empty = text_tensors(encode, [""])
+        write_whole(root / "empty.safetensors", lambda p: save_file(empty, p))
+    n, size = write_shards(cfg, items, mine, ae, encode, device, rank > 0)
+    if encode:
+        encode.release()
+    seconds = time.time() - start
+    if teacher_text:
+        barrier()
+        add_teacher_states(root, teacher_text, device, rank, world, len(shards))
+    barrier()
+    mapped.cache_clear()
+    if rank > 0:
+        return
+    finish(cfg, state)
+    if n:
+        whose = f" (this process of {world})" if world > 1 else ""
+        print(f"{n} pictures in {seconds:.1f} s: {n / seconds:.1f} pictures/s, "
+              f"{size / seconds / 1e6:.2f} MB/s read{whose}", flush=True)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def begin(cfg, device, rank: int):
+    """(listing, autoencoder, what cache.json says). Checks everything before the work begins."""
+    d, root = cfg.data, Path(cfg.data.cache)
     if not d.folder:
-        raise UserError("data.folder is not set: give your pictures, such as data.folder=mypictures")
-    grain = 8 * cfg.mmdit.patch if cfg.arch == "mmdit" else 8 * 2 ** (len(cfg.model.widths) - 1)
-    if d.bucket_step % grain or d.shard < 1:
-        raise UserError(f"data.bucket_step={d.bucket_step}: this network wants multiples of {grain} pixels; and data.shard 1 or more")
-    buckets(d.size, d.bucket_step, d.max_ratio)                 # complains before the work begins
+        raise UserError("data.folder is not set: set it to your pictures")
+    grain = 8 * 2 ** (len(cfg.model.widths) - 1)
+    if cfg.arch == "mmdit":
+        grain = 8 * cfg.mmdit.patch
+    if d.bucket_step % grain:
+        raise UserError(f"data.bucket_step={d.bucket_step}: this network wants multiples of "
+                        f"{grain} pixels")
+    d.check()
     items = find_pictures(d.folder)
     if not items:
-        raise UserError(f"no pictures in '{d.folder}': it wants x.jpg, .jpeg, .png or .webp with captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
+        raise UserError(f"no pictures in '{d.folder}': it wants x.jpg, .jpeg, .png or .webp with "
+                        "captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
     ae = load_autoencoder(cfg.ae, device)
-    listing = hashlib.sha256(json.dumps([(i.name, i.picture[2:3], i.caption[2:3] if isinstance(i.caption, tuple) else i.caption) for i in items]).encode()).hexdigest()[:16]
-    old = read_state(cfg, ae)
+    old, listing = read_state(cfg, ae), listing_key(items)
     if old and old["listing"] != listing:
-        raise UserError(f"{d.cache} was made of other pictures than '{d.folder}' holds now (files were added, changed or removed): give another data.cache, or delete it and make it again")
-    if world > 1:
-        dist.barrier()                                          # all have looked before one writes
-    state = {"settings": settings(cfg, ae), "listing": listing, "files": len(items), "shards": -(-len(items) // d.shard), "done": False}
-    shard = lambda k: root / f"{k:06d}.safetensors"
-    if rank == 0 and not old:
+        raise UserError(f"{d.cache} was made of other pictures or captions than '{d.folder}' holds "
+                        "now: give another data.cache, or delete it and make it again")
+    state = {"settings": cache_settings(cfg, ae), "listing": listing, "files": len(items),
+             "shards": -(-len(items) // d.shard), "done": False}
+    barrier()                                   # all have looked before one writes
+    if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
-        write(root / "cache.json", lambda p: p.write_text(json.dumps(state, indent=1)))
-    if world > 1:
-        dist.barrier()
-    missing = [k for k in range(state["shards"]) if not shard(k).exists()]
-    mine = [k for k in missing if k % world == rank]
-    encode = None
-    if cfg.text.kind != "own" and (mine or (rank == 0 and not (root / "empty.safetensors").exists())):
-        import text
-        encode = text.load_encoders(cfg.text, device)
-        if rank == 0:
-            write(root / "empty.safetensors", lambda p: save_file(text_tensors(encode, [""]), p))
+        for leftover in root.glob("*.tmp*"):    # of a process that was killed
+            leftover.unlink()
+        if not old:
+            write_state(root, state)
+    barrier()
+    return items, ae, state
+
+
+def write_state(root: Path, state: dict):
+    write_whole(root / "cache.json", lambda p: p.write_text(json.dumps(state, indent=1)))
+
+
+def shard_path(root: Path, k: int, prefix: str = "") -> Path:
+    return root / f"{prefix}{k:06d}.safetensors"
+
+
+def is_whole(path: Path) -> bool:
+    """False where a file is missing or damaged; a damaged one is deleted, and that is said."""
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt"):
+            return True
+    except SafetensorError as e:
+        print(f"{path} is damaged ({e}): making it again", flush=True)
+        path.unlink()
+        return False
+
+
+def write_shards(cfg, items, mine, ae, encode, device, quiet: bool) -> tuple[int, int]:
+    """Writes the shards `mine`; returns how many pictures, and how many bytes, were read."""
+    d, root, size, rows, start = cfg.data, Path(cfg.data.cache), 0, [], time.time()
     todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
-    if rank == 0 and 0 < len(missing) < state["shards"]:
-        print(f"{d.cache}: {state['shards'] - len(missing)} of {state['shards']} shards are there already, going on", flush=True)
-    loader = torch.utils.data.DataLoader(Prepared([items[i] for i in todo], d), batch_size=None, num_workers=d.workers if todo else 0)
-    rows, size = [], 0
-    with tqdm(total=len(todo), desc=f"read and encode {d.folder}", unit="picture", disable=rank > 0) as bar:
-        for i, (picture, words, n) in zip(todo, loader):
+    loader = torch.utils.data.DataLoader(Prepared([items[i] for i in todo], d), batch_size=None,
+                                         num_workers=d.workers if todo else 0)
+    what = f"read and encode {d.folder}"
+    with tqdm(total=len(todo), desc=what, unit="picture", disable=quiet) as bar:
+        for i, (picture, words, n) in zip(todo, loader, strict=True):
             rows.append((items[i].name, picture, words))
             size += n
             bar.update()
             if (i + 1) % d.shard == 0 or i + 1 == len(items):
-                tensors, about = shard_of(rows, ae, encode, device)
-                write(shard(i // d.shard), lambda p: save_file(tensors, p, {"pictures": json.dumps(about)}))    # one key of metadata: safetensors orders several by chance
+                write_shard(shard_path(root, i // d.shard), rows, ae, encode, device)
                 rows = []
                 bar.set_postfix_str(f"{size / (time.time() - start) / 1e6:.1f} MB/s read")
-    if encode:
-        encode.release()
-    seconds = time.time() - start
-    if teacher:
-        add_states(root, teacher, device, rank, world, state["shards"])
-    if world > 1:
-        dist.barrier()
-    if rank > 0:
-        return
-    if gone := [k for k in range(state["shards"]) if not shard(k).exists()]:
-        raise UserError(f"{shard(gone[0])} is missing: another process broke off; run the same command again")
-    finish(cfg, state)
-    if todo:
-        own = f" (this process of {world})" * (world > 1)
-        print(f"{len(todo)} pictures in {seconds:.1f} s: {len(todo) / seconds:.1f} pictures/s, {size / seconds / 1e6:.2f} MB/s read{own}", flush=True)
+    return len(todo), size
 
 
-def shard_of(rows, ae, encode, device) -> tuple[dict, dict]:
-    """Rows of (name, picture or None, caption or why not) -> the tensors of a shard, and what its metadata says: names and captions by bucket, what was skipped."""
-    tensors, about, groups = {}, {"buckets": {}, "skipped": [[name, words] for name, picture, words in rows if picture is None]}, defaultdict(list)
+def write_shard(path: Path, rows, ae, encode, device):
+    """rows: (name, picture or None, caption or why not). Metadata: names and captions by bucket,
+    and what was skipped."""
+    groups = defaultdict(list)
+    skipped = [(name, words) for name, picture, words in rows if picture is None]
     for name, picture, words in rows:
         if picture is not None:
             groups[tuple(picture.shape[:2])].append((name, words, picture))
+    tensors, buckets = {}, {}
     for (H, W), members in sorted(groups.items()):
         key, n = f"{H}x{W}", max(1, PIXELS // (H * W))
-        about["buckets"][key] = [[name, caption] for name, caption, _ in members]
-        tensors[key] = torch.cat([encode_pictures(ae, torch.stack([p for _, _, p in members[i:i + n]]), device) for i in range(0, len(members), n)])    # (n, C, H/8, W/8)
+        buckets[key] = [(name, caption) for name, caption, _ in members]
+        parts = torch.stack([picture for _, _, picture in members]).split(n)    # (n, H, W, 3) each
+        tensors[key] = torch.cat([encode_pictures(ae, x, device) for x in parts])   # (B, C, h, w)
         if encode:
-            tensors |= text_tensors(encode, [caption for _, caption, _ in members], key + ".")
-    return tensors, about
+            tensors |= text_tensors(encode, [caption for _, caption in buckets[key]], f"{key}.")
+    # one key of metadata: safetensors orders several by chance
+    about = {"pictures": json.dumps({"buckets": buckets, "skipped": skipped})}
+    write_whole(path, lambda p: save_file(tensors, p, about))
 
 
 @torch.inference_mode()
-def text_tensors(encode, captions: list[str], prefix: str = "") -> dict:
-    """States of frozen encoders, on the CPU in fp16, cut where no caption has a token any more."""
-    text = join([Text(*(x if x is None else x.cpu() for x in encode(captions[i:i + CAPTIONS]))) for i in range(0, len(captions), CAPTIONS)])
+def text_tensors(encode, captions: list[str], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Text states on the CPU in fp16, cut where no caption has a token any more."""
+    groups = [captions[i:i + CAPTIONS] for i in range(0, len(captions), CAPTIONS)]
+    text = join_texts([on_device(encode(group), "cpu") for group in groups])
     L = int(text.mask.any(0).nonzero().max()) + 1
-    out = {"emb": text.emb[:, :L].half(), "mask": text.mask[:, :L].bool(), **({} if text.pooled is None else {"pooled": text.pooled.half()})}
+    out = {"emb": text.emb[:, :L].half(), "mask": text.mask[:, :L].bool()}
+    if text.pooled is not None:
+        out["pooled"] = text.pooled.half()
     if not all(torch.isfinite(x).all() for x in out.values()):
-        raise UserError("a text encoder's states are not finite in fp16: run it in float32 or bfloat16, or scale them")
+        raise UserError("a text encoder's states are not finite in fp16: run it in float32 or "
+                        "bfloat16, or scale them")
     return {prefix + k: v.contiguous() for k, v in out.items()}
 
 
-def add_states(root: Path, cfg: TextConfig, device, rank: int, world: int, shards: int):
-    """The states of a teacher's encoders beside each shard that lacks them: pictures are neither read nor encoded again."""
-    import text
-    todo = [(root / f"sd3-{k:06d}.safetensors", about["buckets"]) for k, about in enumerate(read_shards(root, shards, rank, world))] + [(root / "sd3-empty.safetensors", {})] * (rank == 0)
-    todo = [(path, members) for path, members in todo if states_of(path) != states_key(cfg, members)]
-    with text.load_encoders(cfg, device) if todo else contextlib.nullcontext() as encoders:
-        encode = lambda captions: (lambda x: x._replace(mask=torch.ones_like(x.mask)))(encoders(captions))      # SD3 reads its padding too
-        for path, members in tqdm(todo, "states of the teacher's text encoders", unit="shard", disable=rank > 0):
-            tensors = {k: v for key, rows in members.items() for k, v in text_tensors(encode, [caption for _, caption in rows], key + ".").items()} or text_tensors(encode, [""])
-            write(path, lambda p: save_file(tensors, p, {"states": states_key(cfg, members)}))
+def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: int, shards: int):
+    """Adds the states of a teacher's encoders beside each shard that lacks them: pictures are
+    neither read nor encoded again."""
+    files = {}                                  # path: {bucket: [(name, caption), ..]}
+    for k in range(rank, shards, world):
+        files[shard_path(root, k, "sd3-")] = read_shard(root, k)["buckets"]
+    if rank == 0:
+        files[root / "sd3-empty.safetensors"] = {}
+    todo = {path: members for path, members in files.items()
+            if not is_whole(path) or states_of(path) != states_key(cfg, members)}
+    if not todo:
+        return
+    with load_encoders(cfg, device) as encoders:
+        def encode(captions):
+            text = encoders(captions)
+            return text._replace(mask=torch.ones_like(text.mask))   # SD3 reads its padding too
+
+        what = "states of the teacher's text encoders"
+        for path, members in tqdm(todo.items(), what, unit="shard", disable=rank > 0):
+            tensors = {} if members else text_tensors(encode, [""])
+            for key, rows in members.items():
+                tensors |= text_tensors(encode, [caption for _, caption in rows], f"{key}.")
+            about = {"states": states_key(cfg, members)}
+            write_whole(path, functools.partial(save_file, tensors, metadata=about))
 
 
 def states_key(cfg: TextConfig, members: dict) -> str:
-    """What a file of a teacher's states holds: by which encoders (not by which teacher: SD3.5-Large and its Turbo share them), of which captions."""
-    return hashlib.sha256(json.dumps([cfg.width, cfg.tokens, sorted(cfg.leave_out), members]).encode(errors="surrogateescape")).hexdigest()[:16]
+    """What a file of a teacher's states holds: by which encoders (not by which teacher: SD3.5-Large
+    and its Turbo share them), of which captions."""
+    what = json.dumps([cfg.width, cfg.tokens, sorted(cfg.leave_out), members])
+    return hashlib.sha256(what.encode()).hexdigest()[:16]
 
 
 def states_of(path: Path) -> str | None:
     """The key that a file has; None where it is missing or damaged."""
-    with contextlib.suppress(Exception), safe_open(path, "pt") as f:
-        return f.metadata()["states"]
+    with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
+        with safe_open(path, "pt") as f:
+            return f.metadata()["states"]
 
 
-def finish(cfg, state):
-    """skipped.txt, the counts on the screen, and cache.json's `done`."""
+def finish(cfg, state: dict):
+    """Writes skipped.txt and cache.json's `done`, prints what is in the cache."""
     root, shapes, skipped, long = Path(cfg.data.cache), Counter(), [], 0
-    for about in read_shards(root, state["shards"]):
+    vocabulary = load_vocabulary(pattern=cfg.text.pattern)
+    for k in range(state["shards"]):
+        about = read_shard(root, k)
         skipped += about["skipped"]
         for key, members in about["buckets"].items():
             shapes[key] += len(members)
             if cfg.text.kind == "own":
-                long += sum(len(ids) >= cfg.text.max_tokens for ids in encoding().encode_ordinary_batch([" " + c.lower() for _, c in members]))
-    write(root / "skipped.txt", lambda p: p.write_text("".join(f"{name}\t{why}\n" for name, why in skipped), encoding="utf-8", errors="surrogateescape"))
+                lengths = [len(vocabulary.ids_of(caption)) for _, caption in members]
+                long += sum(n > cfg.text.max_tokens for n in lengths)
+    path, lines = root / "skipped.txt", "".join(f"{name}\t{why}\n" for name, why in skipped)
+    write_whole(path, lambda p: p.write_bytes(lines.encode(errors="surrogateescape")))
     if not shapes:
-        raise UserError(f"none of the {len(skipped)} pictures of '{cfg.data.folder}' can be used; {root / 'skipped.txt'} says why, the first: {': '.join(skipped[0])}")
-    write(root / "cache.json", lambda p: p.write_text(json.dumps({**state, "done": True, "pictures": shapes.total(), "skipped": len(skipped), "buckets": dict(sorted(shapes.items()))}, indent=1)))
-    why = Counter(why.split(":")[0] for _, why in skipped)
-    print(f"{cfg.data.cache}: {shapes.total()} pictures" + (f", {len(skipped)} skipped (" + ", ".join(f"{n} {w}" for w, n in why.most_common()) + f"), listed in {root / 'skipped.txt'}" if skipped else ", none skipped"))
-    print("buckets, height x width: " + ", ".join(f"{k} {n}" for k, n in sorted(shapes.items())), flush=True)
+        raise UserError(f"none of the {len(skipped)} pictures of '{cfg.data.folder}' can be used; "
+                        f"{path} says why, the first: {': '.join(skipped[0])}")
+    shapes = dict(sorted(shapes.items()))
+    n = sum(shapes.values())
+    write_state(root, {**state, "done": True, "pictures": n, "skipped": len(skipped),
+                       "buckets": shapes})
+    reasons = Counter(why.split(":")[0] for _, why in skipped).most_common()
+    listed = f"({', '.join(f'{m} {why}' for why, m in reasons)}), listed in {path}"
+    print(f"{root}: {n} pictures, " + (f"{len(skipped)} skipped {listed}" if skipped
+                                       else "none skipped"))
+    print("buckets, height x width: " + ", ".join(f"{k} {m}" for k, m in shapes.items()))
     if long:
-        print(f"{long} captions have more than text.max_tokens={cfg.text.max_tokens} tokens: their ends are not read", flush=True)
+        print(f"{long} captions have more than text.max_tokens={cfg.text.max_tokens} tokens: "
+              "their ends are not read", flush=True)
 
 
-# ---------------------------------------------------------------------------- the cache, read
+# ---------------------------------------------------------------------------- reading
 @functools.lru_cache(256)
 def mapped(path: Path):
     return safe_open(path, "pt")
 
 
-def read_shards(root: Path, n: int, first: int = 0, step: int = 1):
-    for k in range(first, n, step):
-        try:
-            with safe_open(root / f"{k:06d}.safetensors", "pt") as f:
-                yield json.loads(f.metadata()["pictures"])
-        except Exception as e:                                  # missing, cut short, another file
-            raise UserError(f"{root / f'{k:06d}.safetensors'} is missing or damaged ({e}): delete it and run `python data.py --cache` again")
+def read_shard(root: Path, k: int) -> dict:
+    """{"buckets": {bucket: [(name, caption), ..]}, "skipped": [(name, why), ..]} of shard k."""
+    try:
+        with safe_open(shard_path(root, k), "pt") as f:
+            return json.loads(f.metadata()["pictures"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
+        raise UserError(f"{shard_path(root, k)} is missing or damaged ({e}): run the same command "
+                        "with --cache, which makes it again") from None
 
 
 def name_hash(name: str) -> str:
     return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
 
 
-def is_held_out(name: str, share: float) -> bool:
-    return int(name_hash(name)[:8], 16) < share * 2**32
+def open_cache(cfg, ae=None, teacher_text: TextConfig | None = None,
+               vocabulary: Vocabulary | None = None):
+    """(pictures to train on, pictures held out by a hash of their names, at least one).
 
-
-def open_cache(cfg, ae=None, teacher: TextConfig | None = None) -> tuple["Pictures", "Pictures"]:
-    """The pictures to train on, and those held out by a hash of their names (one at least). Without the autoencoder: whatever it was made with. teacher: its states are wanted too."""
+    Without the autoencoder: whatever the cache was made with. teacher_text: the states of these
+    encoders are wanted too. vocabulary: of the small text encoder, by default that of assets/."""
     root, state = Path(cfg.data.cache), read_state(cfg, ae)
     if not state or not state["done"]:
-        raise UserError(f"the cache {root} is {'not whole yet' if state else 'not there'}: run `python data.py --cache` with this config")
-    shards = list(read_shards(root, state["shards"]))
-    if bad := [k for k, about in enumerate(shards) if teacher and states_of(root / f"sd3-{k:06d}.safetensors") != states_key(teacher, about["buckets"])]:
-        raise UserError(f"the cache {root} lacks the teacher's text states of {len(bad)} of {len(shards)} shards, or has those of other encoders: run `python data.py --cache` with this config, "
-                        "which adds them and encodes no picture again")
-    rows = [(name, caption, bucket, shard, row) for shard, about in enumerate(shards) for bucket, members in about["buckets"].items() for row, (name, caption) in enumerate(members)]
-    held_out = {r for r in rows if is_held_out(r[0], cfg.data.held_out)} or {min(rows, key=lambda r: name_hash(r[0]))}
-    return Pictures(cfg, [r for r in rows if r not in held_out], teacher), Pictures(cfg, [r for r in rows if r in held_out])
+        lack = "not whole yet" if state else "not there"
+        raise UserError(f"the cache {root} is {lack}: run the same command with --cache first")
+    rows, lacking = [], 0
+    for k in range(state["shards"]):
+        buckets = read_shard(root, k)["buckets"]
+        if teacher_text:
+            lacking += states_of(shard_path(root, k, "sd3-")) != states_key(teacher_text, buckets)
+        for bucket, members in buckets.items():
+            rows += [(name, bucket, (k, i, caption)) for i, (name, caption) in enumerate(members)]
+    if lacking:
+        raise UserError(f"the cache {root} lacks the teacher's text states of {lacking} of "
+                        f"{state['shards']} shards, or has those of other encoders: run the same "
+                        "command with --cache, which adds them and encodes no picture again")
+    below = cfg.data.held_out * 2**32
+    held_out = {name for name, *_ in rows if int(name_hash(name)[:8], 16) < below}
+    held_out = held_out or {min((name for name, *_ in rows), key=name_hash)}
+    sides = defaultdict(list), defaultdict(list)        # {bucket: [(shard, row, caption), ..]}
+    for name, bucket, row in rows:
+        sides[name in held_out][bucket].append(row)
+    vocabulary = vocabulary or load_vocabulary(pattern=cfg.text.pattern)
+    train = CachedPictures(cfg, sides[0], vocabulary, bool(teacher_text))
+    return train, CachedPictures(cfg, sides[1], vocabulary)
 
 
 def empty_caption(cfg, prefix: str = "") -> Text:
-    """Its cached states; prefix "sd3-": the teacher's."""
+    """The cached states of the empty caption; prefix "sd3-": the teacher's."""
     path = Path(cfg.data.cache) / f"{prefix}empty.safetensors"
     try:
         return Text(**load_file(path))
     except (OSError, SafetensorError) as e:
-        raise UserError(f"{path} is missing or damaged ({e}): run `python data.py --cache` with this config")
+        raise UserError(f"{path} is missing or damaged ({e}): run the same command with "
+                        "--cache") from None
 
 
-class Pictures:
-    """One side of the split, mapped from the cache."""
+class CachedPictures:
+    """One side of the split, mapped from the cache.
 
-    def __init__(self, cfg, rows, teacher=None):
-        self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), defaultdict(list)       # bucket -> [(shard, row, caption)]
-        for _, caption, bucket, shard, row in rows:
-            self.rows[bucket].append((shard, row, caption))
-        self.empty, self.teachers_empty = None, empty_caption(cfg, "sd3-") if teacher else None
-        if cfg.text.kind != "own":
-            self.empty = empty_caption(cfg)
-            if self.empty.emb.shape[2] != cfg.text.width:
-                raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide: set text.width and the network's context_dim to that (now {cfg.text.width})")
+    rows: {bucket: [(shard, row, caption), ..]}"""
+
+    def __init__(self, cfg, rows: dict, vocabulary: Vocabulary, teacher: bool = False):
+        self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), rows
+        self.vocabulary = vocabulary
+        self.teachers_empty = empty_caption(cfg, "sd3-") if teacher else None
+        self.empty = None if cfg.text.kind == "own" else empty_caption(cfg)
+        if self.empty and self.empty.emb.shape[2] != cfg.text.width:
+            raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide: set "
+                            "text.width and the network's context_dim to that (now "
+                            f"{cfg.text.width})")
 
     def __len__(self):
         return sum(map(len, self.rows.values()))
@@ -264,72 +418,107 @@ class Pictures:
     def __getitem__(self, some: slice) -> torch.Tensor:
         """Latents of the commonest bucket, for adv_distill.py's look at the samples."""
         bucket = max(self.rows, key=lambda b: len(self.rows[b]))
-        return self.take(bucket, self.rows[bucket][some])[0]
+        return self.latents(bucket, self.rows[bucket][some])
 
     def captions(self) -> list[str]:
-        return [caption for rows in self.rows.values() for _, _, caption in rows]
-
-    def take(self, bucket: str, rows, drop=()) -> tuple[torch.Tensor, ...]:
-        """Latents (B, C, H, W) of these rows, and what the network reads of their captions: ids and mask (B, L), or emb (B, L, D), mask and an MMDiT's pooled (B, P).
-        Those rows that `drop` has True for read the empty caption."""
-        x0, drop = torch.cat([self.part(shard, row, bucket) for shard, row, _ in rows]).float(), drop or [False] * len(rows)
-        if self.empty is None:
-            return x0, *tokenize(["" if d else caption for d, (_, _, caption) in zip(drop, rows)], self.cfg.text.max_tokens, cut=True)
-        text = self.states(self.empty, bucket, rows, drop)
-        return x0, text.emb.float(), text.mask, *([text.pooled.float()] if self.cfg.arch == "mmdit" and text.pooled is not None else [])
+        """As the network reads them: for the small encoder cut after max_tokens."""
+        captions = [caption for rows in self.rows.values() for _, _, caption in rows]
+        if self.empty:
+            return captions
+        return [self.vocabulary.shorten(c, self.cfg.text.max_tokens) for c in captions]
 
     def part(self, shard: int, row: int, key: str, prefix: str = "") -> torch.Tensor:
-        return mapped(self.root / f"{prefix}{shard:06d}.safetensors").get_slice(key)[row:row + 1]
+        return mapped(shard_path(self.root, shard, prefix)).get_slice(key)[row:row + 1]
+
+    def latents(self, bucket: str, rows) -> torch.Tensor:
+        return torch.cat([self.part(k, i, bucket) for k, i, _ in rows]).float()     # (B, C, h, w)
+
+    def words(self, bucket: str, rows, drop=()):
+        """Tokens, or Text of frozen encoders, of these rows' captions; the empty caption's for
+        those rows that `drop` has True for."""
+        drop = drop or [False] * len(rows)
+        if not self.empty:
+            captions = ["" if d else c for d, (_, _, c) in zip(drop, rows, strict=True)]
+            return self.vocabulary.tokenize(captions, self.cfg.text.max_tokens, cut=True)
+        text = self.states(self.empty, bucket, rows, drop)
+        pooled = self.cfg.arch == "mmdit" and text.pooled is not None
+        return Text(text.emb.float(), text.mask, text.pooled.float() if pooled else None)
 
     def states(self, empty: Text, bucket: str, rows, drop, prefix: str = "") -> Text:
-        """Of these rows' captions, where `drop` says so of the empty one; prefix "sd3-": the teacher's."""
+        """Cached states in fp16; prefix "sd3-": the teacher's."""
         keys = [k for k in Text._fields if getattr(empty, k) is not None]
-        return join([empty if d else Text(**{k: self.part(shard, row, f"{bucket}.{k}", prefix) for k in keys}) for d, (shard, row, _) in zip(drop, rows)])
+        texts = []
+        for d, (shard, i, _) in zip(drop, rows, strict=True):
+            own = {} if d else {k: self.part(shard, i, f"{bucket}.{k}", prefix) for k in keys}
+            texts.append(empty._replace(**own))
+        return join_texts(texts)
 
     def encode(self, captions: list[str]) -> Text:
-        """The cached states of captions that are in here, or of the empty one: in place of the encoders, for the sample grids."""
-        where = {caption: (bucket, (shard, row, caption)) for bucket, rows in self.rows.items() for shard, row, caption in rows}
-        some = next(iter(where.values()))
-        return join([Text(*self.take(*(where[c][0], [where[c][1]]) if c else (some[0], [some[1]], [True]))[1:]) for c in captions])
+        """In place of frozen encoders, for the sample grids: the cached states of captions that
+        are in here, or of the empty one."""
+        where = {row[2]: (bucket, row) for bucket, rows in self.rows.items() for row in rows}
+        any_row = next(iter(where.values()))
+        texts = []
+        for caption in captions:
+            bucket, row = where[caption] if caption else any_row
+            texts.append(self.words(bucket, [row], [not caption]))
+        return join_texts(texts)
 
-    def groups(self, n: int) -> list[tuple[torch.Tensor, ...]]:
-        """n of them for validation, bucket by bucket; where there are fewer, each several times, for other noises and times."""
-        every = [(bucket, row) for bucket, rows in sorted(self.rows.items()) for row in rows]
-        chosen = sorted((every * -(-n // len(every)))[:n], key=lambda p: p[0])
-        return [self.take(b, [row for bucket, row in chosen if bucket == b]) for b in dict.fromkeys(b for b, _ in chosen)]
+    def groups(self, n: int) -> list[tuple]:
+        """n pictures for validation, (latents, words) bucket by bucket; where there are fewer, each
+        several times, for other noises and times."""
+        rows = [(bucket, row) for bucket in sorted(self.rows) for row in self.rows[bucket]]
+        by_bucket = defaultdict(list)
+        for bucket, row in (rows * -(-n // len(rows)))[:n]:
+            by_bucket[bucket].append(row)
+        return [(self.latents(b, rows), self.words(b, rows)) for b, rows in
+                sorted(by_bucket.items())]
 
-    def batch(self, k: int, rank: int, world: int) -> tuple[torch.Tensor, ...]:
-        """Micro-batch number k of a process: a function of the seed and of its number in the whole run. An optimiser step, of all processes and accumulated, has one bucket.
-        What take() gives, and behind it a teacher's emb, mask and pooled where it has states here (Teacher.own in distill.py parts them)."""
-        cfg, k = self.cfg, k * world + rank
-        group = self.cfg.accumulate * max(world, dist.get_world_size() if dist.is_initialized() else 1)    # micro-batches a step
-        bucket, places = whose_turn(tuple(sorted((b, len(r)) for b, r in self.rows.items())), k // group, cfg.batch * group, cfg.seed)
-        rng, first = random.Random(f"{cfg.seed}/{k}"), k % group * cfg.batch
+    def batch(self, k: int) -> Batch:
+        """Micro-batch number k of the whole run, a function of the seed and k. All micro-batches of
+        an optimiser step, accumulated and of all processes, have one bucket."""
+        cfg = self.cfg
+        world = dist.get_world_size() if dist.is_initialized() else 1
+        each = cfg.accumulate * world           # micro-batches of a step
+        sizes = tuple(sorted((b, len(rows)) for b, rows in self.rows.items()))
+        bucket, places = whose_turn(sizes, k // each, cfg.batch * each, cfg.seed)
+        first = k % each * cfg.batch
         rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
+        rng = random.Random(f"{cfg.seed}/{k}")
         drop = [rng.random() < cfg.drop_caption for _ in rows]
-        x0, states, mask, *pooled = self.take(bucket, rows, drop)
-        if cfg.text.kind == "snapgen":                          # any subset of its encoders will do when sampling
-            states, mask, _ = drop_encoders(Text(states, mask), parts_of(cfg.text), torch.Generator().manual_seed(cfg.seed * 1000003 + k))
-        theirs = self.states(self.teachers_empty, bucket, rows, drop, "sd3-") if self.teachers_empty else ()
-        return x0, states, mask, *pooled, *theirs
+        words, theirs = self.words(bucket, rows, drop), None
+        if cfg.text.kind == "snapgen":          # any subset of its encoders will do when sampling
+            words = drop_encoders(words, parts_of(cfg.text), seeded(cfg.seed * 1000003 + k))
+        if self.teachers_empty:
+            theirs = self.states(self.teachers_empty, bucket, rows, drop, "sd3-")
+        return Batch(self.latents(bucket, rows), words, theirs)
 
 
 @functools.lru_cache(256)
 def shuffled(n: int, *seed) -> np.ndarray:
-    g = torch.Generator().manual_seed(int(hashlib.sha256(repr(seed).encode()).hexdigest()[:15], 16))
-    return torch.randperm(n, generator=g).numpy()
+    digest = hashlib.sha256(repr(seed).encode()).hexdigest()
+    return torch.randperm(n, generator=seeded(int(digest[:15], 16))).numpy()
 
 
-def whose_turn(sizes: tuple[tuple[str, int], ...], k: int, batch: int, seed: int) -> tuple[str, list[int]]:
-    """Global batch k -> its bucket and the places in it. Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches: nothing is dropped or
-    repeated at an epoch's end, even in a bucket smaller than a batch, whose turn then comes every few epochs. Until epoch e bucket b had floor(e n_b / batch) turns; those of an
-    epoch come in an order drawn from (seed, epoch)."""
-    until = lambda e: sum(e * n // batch for _, n in sizes)
-    epoch = k * batch // sum(n for _, n in sizes)               # or later: the floors delay
-    while until(epoch + 1) <= k:
+def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[int]]:
+    """Global batch k -> its bucket, and places in that bucket. sizes: ((bucket, pictures), ..).
+
+    Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches.
+    Nothing is dropped or repeated at an epoch's end, even in a bucket smaller than a batch, whose
+    turn then comes every few epochs. Before epoch e bucket b had floor(e n_b / batch) turns; those
+    of an epoch come in an order drawn from (seed, epoch)."""
+    def before(epoch):
+        return [epoch * n // batch for _, n in sizes]
+
+    epoch = k * batch // sum(n for _, n in sizes)       # or later: the floors delay
+    while sum(before(epoch + 1)) <= k:
         epoch += 1
-    turns = np.repeat(np.arange(len(sizes)), [(epoch + 1) * n // batch - epoch * n // batch for _, n in sizes])
-    turns, turn = turns[shuffled(len(turns), seed, epoch)], k - until(epoch)
-    bucket, n = sizes[turns[turn]]
-    j = epoch * n // batch + int((turns[:turn] == turns[turn]).sum())
-    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in range(j * batch, (j + 1) * batch)]
+    had, then = before(epoch), before(epoch + 1)
+    turns = np.repeat(np.arange(len(sizes)), [b - a for a, b in zip(had, then, strict=True)])
+    turns = turns[shuffled(len(turns), seed, epoch)]
+    turn = k - sum(had)
+    b = turns[turn]
+    bucket, n = sizes[b]
+    first = (had[b] + int((turns[:turn] == b).sum())) * batch
+    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in
+                    range(first, first + batch)]
