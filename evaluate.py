@@ -170,7 +170,7 @@ def evaluate(a):
 def print_table(result: dict):
     print("{ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {prompts} prompts a category, "
           "{each} pictures each, {seconds:.3f} s a picture\n".format(**result))
-    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistaken most")
+    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistakes")
     for category, row in result["scores"].items():
         wrong = "; ".join(f"{what} ({n})" for what, n in result["confusions"][category][:3])
         print(f"{category:12} {row['score']:6.3f}  {row['low']:.3f} - {row['high']:.3f} "
@@ -189,7 +189,7 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
         "precision": precision, "recall": recall,
         "fid": inception_fid(renders[:n], drawn, checker.head.weight.device),
     }
-    print("\nFrechet distance of {fd_pictures} pictures, on the checker's features: {fd:.3f} (renders"
+    print("\nFrechet distance of {fd_pictures} pictures, checker features: {fd:.3f} (renders "
           " against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
           "FID on InceptionV3's features (None: torch-fidelity is not installed, or its weights "
           "are not in torch's hub folder): {fid}".format(**found))
