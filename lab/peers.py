@@ -1,0 +1,153 @@
+"""The networks that lab.bench measures: ours at the paper's size, and its peers.
+
+`diffusers` builds the peers at their published sizes (only benchmarks and tests need it).
+Weights are random: time does not depend on them.
+
+B batch | C channels | L text tokens | D text width | size: pixels of the picture's side
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from common import UserError
+from decoder import AutoencoderConfig, tiny_decoder
+from model import PRESETS, UNet
+
+OURS_TOKENS, OURS_WIDTH = 333, 2304     # CLIP's 77 tokens and Gemma's 256, in Gemma's width
+
+SDXL = {
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+    "use_linear_projection": True,
+}
+DREAMLITE = {   # its layout, with our channels, text width and feed-forward width
+    "in_channels": 16, "out_channels": 16, "block_out_channels": (256, 512, 896),
+    "attention_head_dim": (4, 8, 14), "transformer_layers_per_block": (1, 2, 4),
+    "cross_attention_dim": 2304, "use_linear_projection": True, "ff_mult": 3, "num_kv_heads": 1,
+}
+SANA = {
+    "in_channels": 32, "num_layers": 28, "num_attention_heads": 36, "attention_head_dim": 32,
+    "num_cross_attention_heads": 16, "cross_attention_head_dim": 72,
+    "cross_attention_dim": 1152, "caption_channels": 2304, "mlp_ratio": 2.5,
+}
+PIXART = {
+    "sample_size": 128, "cross_attention_dim": 1152, "caption_channels": 4096,
+    "use_additional_conditions": False, "norm_elementwise_affine": False, "norm_eps": 1e-6,
+}
+SD3 = {
+    "sample_size": 128, "patch_size": 2, "in_channels": 16, "out_channels": 16, "num_layers": 24,
+    "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
+    "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
+}
+DC_AE_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+DC_AE_SCALES = ((), (), (), (5,), (5,), (5,))
+DC_AE = {
+    "encoder_block_types": DC_AE_BLOCKS, "decoder_block_types": DC_AE_BLOCKS,
+    "encoder_qkv_multiscales": DC_AE_SCALES, "decoder_qkv_multiscales": DC_AE_SCALES,
+    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
+    "downsample_block_type": "Conv", "upsample_block_type": "interpolate",
+}
+SD3_VAE = {
+    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
+}
+
+
+def call_plain(net, *inputs):
+    return net(*inputs)
+
+
+def call_diffusers(net, x, t, text):
+    return net(x, 1000 * t, text).sample
+
+
+def call_sdxl(net, x, t, text):
+    extra = {"text_embeds": x.new_zeros(len(x), 1280), "time_ids": x.new_zeros(len(x), 6)}
+    return net(x, 1000 * t, text, added_cond_kwargs=extra).sample
+
+
+def call_sana(net, x, t, text):
+    return net(x, text, 1000 * t).sample
+
+
+def call_pixart(net, x, t, text):
+    extra = {"resolution": None, "aspect_ratio": None}
+    return net(x, text, 1000 * t, added_cond_kwargs=extra).sample
+
+
+def call_sd3(net, x, t, text):
+    return net(x, text, x.new_zeros(len(x), 2048), 1000 * t).sample
+
+
+@dataclass
+class Peer:
+    """A network to measure: how it is made, what it reads, how it is called."""
+
+    name: str
+    make: Callable                  # () -> module
+    channels: int                   # of the latents
+    factor: int = 8                 # pixels of a latent's side
+    text: tuple[int, int] | None = None     # (L, D); None: a decoder, which reads latents alone
+    call: Callable = call_plain     # (module, *inputs) -> output
+    conv: bool = True               # made of convolutions: the faster memory layout is taken
+
+    def inputs(self, size: int, B: int) -> tuple:
+        """Random inputs for B pictures, on the device of the context."""
+        x = torch.randn(B, self.channels, size // self.factor, size // self.factor)
+        if self.text is None:
+            return (x,)
+        return x, torch.full((B,), 0.5), torch.randn(B, *self.text)
+
+
+def load_diffusers():
+    try:
+        import diffusers
+    except ImportError:
+        raise UserError("the peers come from diffusers: `pip install diffusers`, or ask for "
+                        "--nets ours") from None
+    return diffusers
+
+
+def denoisers(wanted=()) -> dict[str, Peer]:
+    """Ours first, then its peers; only ours where nothing else is wanted (without diffusers)."""
+    text = (OURS_TOKENS, OURS_WIDTH)
+    ours = Peer("SnapGen, 379 M (ours)", lambda: UNet(PRESETS["t2i"]), 16, text=text)
+    if set(wanted) == {"ours"}:
+        return {"ours": ours}
+    d = load_diffusers()
+    return {
+        "ours": ours,
+        "dreamlite": Peer("DreamLite's layout, our widths",
+                          lambda: d.DreamLiteUNetModel(**DREAMLITE), 16, 8, text, call_diffusers),
+        "sd15": Peer("SD 1.5", lambda: d.UNet2DConditionModel(cross_attention_dim=768),
+                     4, 8, (77, 768), call_diffusers),
+        "sdxl": Peer("SDXL", lambda: d.UNet2DConditionModel(**SDXL), 4, 8, (77, 2048), call_sdxl),
+        "sana": Peer("SANA 0.6 B", lambda: d.SanaTransformer2DModel(**SANA),
+                     32, 32, (300, 2304), call_sana),
+        "pixart": Peer("PixArt-Sigma", lambda: d.PixArtTransformer2DModel(**PIXART),
+                       4, 8, (300, 4096), call_pixart, conv=False),
+        "sd3": Peer("SD3-Medium", lambda: d.SD3Transformer2DModel(**SD3),
+                    16, 8, (333, 4096), call_sd3, conv=False),
+    }
+
+
+def decoders(wanted=()) -> dict[str, Peer]:
+    """As denoisers()."""
+    ours = Peer("tiny decoder (ours)", lambda: tiny_decoder(AutoencoderConfig()), 16)
+    if set(wanted) == {"ours"}:
+        return {"ours": ours}
+    d = load_diffusers()
+    return {
+        "ours": ours,
+        "taesd3": Peer("TAESD3", lambda: d.AutoencoderTiny(latent_channels=16).decoder, 16),
+        "dcae": Peer("DC-AE f32 (SANA)", lambda: d.AutoencoderDC(**DC_AE).decoder, 32, 32),
+        "sd3": Peer("SD3's decoder", lambda: d.AutoencoderKL(**SD3_VAE).decoder, 16),
+    }
