@@ -1,4 +1,4 @@
-"""Fills the tables of README.md, docs/RESULTS.md and docs/BENCH.md from docs/results/*.json.
+"""Fills the tables of docs/RESULTS.md and docs/BENCH.md from docs/results/*.json.
 
     python -m lab.tables                 all of them, in place
     python -m lab.tables few_steps       prints one
@@ -16,8 +16,8 @@ from common import ROOT, UserError, friendly
 from scenes import CATEGORIES
 
 RESULTS = ROOT / "docs/results"
-PAGES = ("README.md", "docs/RESULTS.md", "docs/BENCH.md")
-GiB = 2**30
+PAGES = ("docs/RESULTS.md", "docs/BENCH.md")
+BASE, FAST = "assets/scenes", "assets/fast"      # before and after step distillation
 
 GENEVAL = {     # the paper's table: GenEval in the order of CATEGORIES, the mean, DPG-Bench
     "SnapGen (paper), 0.38 B": (1.00, .84, .60, .88, .18, .45, .66, 81.1),
@@ -49,7 +49,7 @@ def read_result(folder, name: str) -> dict:
     try:
         return json.loads(path.read_text())
     except (OSError, json.JSONDecodeError) as e:
-        raise UserError(f"cannot read {path} ({e}): docs/RESULTS.md and docs/BENCH.md name the "
+        raise UserError(f"cannot read {path} ({e}): the line below its table in docs/ has the "
                         "command that makes it") from None
 
 
@@ -74,10 +74,12 @@ def runs_of(folder, ckpt: str) -> dict[int, dict]:
     return dict(sorted(runs.items(), reverse=True))
 
 
-def table(header, rows) -> str:
-    """Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+def table(rows: list[dict], columns: dict[str, str]) -> str:
+    """Markdown: columns are {title: format of a row}, such as {"GiB": "{gib:.2f}"}."""
+    lines = [list(columns), ["---"] * len(columns)]
+    for row in rows:
+        lines.append([form.format(**row) for form in columns.values()])
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def source(command: str, run: dict) -> str:
@@ -91,155 +93,171 @@ def interval_text(score: dict) -> str:
     return f"{score['score']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
 
 
-def by_category(scores: dict, key: str = "score") -> list[str]:
-    return [f"{scores[category][key]:.2f}" for category in CATEGORIES]
+def by_category(values) -> dict:
+    """{category: text} of six numbers."""
+    return {category: f"{value:.2f}" for category, value in zip(CATEGORIES, values)}
+
+
+def score_row(scores: dict, **more) -> dict:
+    return {"mean": interval_text(scores["mean"]), **more,
+            **by_category(scores[category]["score"] for category in CATEGORIES)}
+
+
+def in_units(row: dict) -> dict:
+    """With its numbers as they are shown: millions, GFLOP, GiB, milliseconds, GFLOP/s."""
+    units = {"M": ("params", 1e-6), "gflop": ("flops", 1e-9), "gib": ("peak", 2**-30)}
+    for key in ("s", "text", "unet", "decoder", "work_s", "least_s", "step_s", "step_512_s"):
+        units[f"{key}_ms"] = (key, 1e3)
+    row = row | {name: row[key] * by for name, (key, by) in units.items() if key in row}
+    if "gflop" in row and "s" in row:
+        row["rate"] = row["gflop"] / row["s"]
+    return row
+
+
+COLUMNS = {category: "{" + category + "}" for category in CATEGORIES}
 
 
 # ------------------------------------------------------------------------- docs/RESULTS.md
 def geneval(folder) -> str:
-    base, fast = runs_of(folder, "assets/scenes"), runs_of(folder, "assets/fast")
     rows = []
-    for name, runs in (("base", base), ("fast", fast)):
-        for steps, run in runs.items():
-            scores = run["scores"]
+    for name, ckpt in (("base", BASE), ("fast", FAST)):
+        for steps, run in runs_of(folder, ckpt).items():
             label = f"ours: {name}, {steps} steps, guidance {run['cfg']:g}"
-            rows.append([label, *by_category(scores), f"**{interval_text(scores['mean'])}**", ""])
-    full = next(iter(base.values()))
-    ceiling, floor = full["ceiling"], full["scores"]
-    rows.append(["ceiling: the same check on held-out renders",
-                 *[f"{ceiling[c]:.2f}" for c in CATEGORIES], f"{ceiling['mean']:.3f}", ""])
-    rows.append(["floor: pictures against the next prompt", *by_category(floor, "shuffled"),
-                 f"{floor['mean']['shuffled']:.3f}", ""])
-    for name, values in GENEVAL.items():
-        rows.append([name, *[f"{v:.2f}" for v in values[:7]], values[7]])
-    return table(["model", *CATEGORIES, "mean (95 %)", "DPG"], rows) + source(
+            rows.append(score_row(run["scores"], name=label, dpg=""))
+    full = next(iter(runs_of(folder, BASE).values()))
+    rows.append({"name": "ceiling: the same check on held-out renders", "dpg": "",
+                 "mean": f"{full['ceiling']['mean']:.3f}",
+                 **by_category(full["ceiling"][c] for c in CATEGORIES)})
+    rows.append({"name": "floor: pictures against the next prompt", "dpg": "",
+                 "mean": f"{full['scores']['mean']['shuffled']:.3f}",
+                 **by_category(full["scores"][c]["shuffled"] for c in CATEGORIES)})
+    for name, (*six, mean, dpg) in GENEVAL.items():
+        rows.append({"name": name, "mean": f"{mean:.2f}", "dpg": dpg, **by_category(six)})
+    columns = {"model": "{name}", **COLUMNS, "mean (95 %)": "**{mean}**", "DPG": "{dpg}"}
+    return table(rows, columns) + source(
         "python evaluate.py --ckpt assets/scenes --steps 28 --out docs/results/base28", full)
 
 
 def mistakes(folder) -> str:
-    full = next(iter(runs_of(folder, "assets/scenes").values()))
-    rows = []
+    """What goes wrong most in each category, in 28 steps."""
+    full, rows = next(iter(runs_of(folder, BASE).values())), []
     for category in CATEGORIES:
         worst = ", ".join(f"{what} ({n})" for what, n in full["confusions"][category][:4])
         score = full["scores"][category]
-        rows.append([category, interval_text(score), f"{full['ceiling'][category]:.3f}",
-                     f"{score['shuffled']:.3f}", worst])
-    header = ["category", "score (95 %)", "ceiling", "wrong prompt", "mistaken most (pictures)"]
-    return table(header, rows)
+        rows.append({"category": category, "score": interval_text(score), "worst": worst,
+                     "ceiling": full["ceiling"][category], "shuffled": score["shuffled"]})
+    return table(rows, {
+        "category": "{category}", "score (95 %)": "{score}", "ceiling": "{ceiling:.3f}",
+        "against another prompt": "{shuffled:.3f}", "mistaken most (pictures)": "{worst}"})
 
 
 def few_steps(folder) -> str:
-    base, fast = runs_of(folder, "assets/scenes"), runs_of(folder, "assets/fast")
-    rows = []
+    base, fast, rows = runs_of(folder, BASE), runs_of(folder, FAST), []
     for steps in sorted({*base, *fast}, reverse=True):
-        ours = [interval_text(runs[steps]["scores"]["mean"]) if steps in runs else ""
-                for runs in (base, fast)]
-        rows.append([steps, *ours, "0.66" if steps == 28 else "", PAPER_DISTILLED.get(steps, "")])
-    header = ["steps", "ours before, guidance 4", "ours distilled, no guidance",
-              "paper before (GenEval)", "paper distilled (GenEval)"]
-    return table(header, rows) + source(
+        row = {"steps": steps, "before": "", "after": "", "paper_before": "",
+               "paper_after": PAPER_DISTILLED.get(steps, "")}
+        if steps in base:
+            row["before"] = interval_text(base[steps]["scores"]["mean"])
+        if steps in fast:
+            row["after"] = interval_text(fast[steps]["scores"]["mean"])
+        if steps == 28:
+            row["paper_before"] = "0.66"
+        rows.append(row)
+    columns = {"steps": "{steps}", "ours before, guidance 4": "{before}",
+               "ours distilled, no guidance": "{after}",
+               "paper before (GenEval)": "{paper_before}",
+               "paper distilled (GenEval)": "{paper_after}"}
+    return table(rows, columns) + source(
         "python evaluate.py --ckpt assets/fast --steps 4 --out docs/results/fast4", fast[4])
-
-
-def few_steps_wide(folder) -> str:
-    """The same on twice as many prompts."""
-    folder, rows = Path(folder) / "wide", []
-    for ckpt in ("assets/scenes", "assets/fast"):
-        for steps, run in runs_of(folder, ckpt).items():
-            rows.append([ckpt, steps, f"{run['cfg']:g}", run["prompts"],
-                         interval_text(run["scores"]["mean"]), *by_category(run["scores"])])
-    header = ["model", "steps", "guidance", "prompts a category", "mean (95 %)", *CATEGORIES]
-    return table(header, rows) + source("python evaluate.py --ckpt assets/fast --prompts 120", run)
 
 
 def distillation(folder) -> str:
     found = read_result(folder, "distillation")
     alone, rows = found["rows"]["alone"]["step_s"], []
     for name, row in found["rows"].items():
-        seeds = row["seeds"]
-        scores = ", ".join(interval_text(seed["scores"]["mean"]) for seed in seeds)
-        categories = [f"{statistics.mean(seed['scores'][c]['score'] for seed in seeds):.2f}"
-                      for c in CATEGORIES]
-        mean = statistics.mean(seed["scores"]["mean"]["score"] for seed in seeds)
-        rows.append([name, row["steps"], f"{row['step_s']:.2f} ({row['step_s'] / alone:.2f} x)",
-                     ", ".join(f"{seed['val']:.4f}" for seed in seeds), f"**{mean:.3f}**",
-                     scores, *categories])
+        scores = [seed["scores"] for seed in row["seeds"]]
+        means = [statistics.mean(s[c]["score"] for s in scores) for c in (*CATEGORIES, "mean")]
+        rows.append({
+            "name": name, "steps": row["steps"], **by_category(means), "mean": means[-1],
+            "time": f"{row['step_s']:.2f} ({row['step_s'] / alone:.2f} x)",
+            "val": ", ".join(f"{seed['val']:.4f}" for seed in row["seeds"]),
+            "seeds": ", ".join(interval_text(s["mean"]) for s in scores)})
     teacher = found["teacher"]
-    rows.append(["the teacher", "", "", f"{found['teacher_val']:.4f}",
-                 f"**{teacher['mean']['score']:.3f}**", interval_text(teacher["mean"]),
-                 *by_category(teacher)])
-    header = ["student", "steps", "s a step", "held-out loss, each seed", "mean score",
-              "score of each seed (95 %)", *CATEGORIES]
-    return table(header, rows) + source(
+    rows.append(score_row(teacher, name="the teacher", steps="", time="",
+                          val=f"{found['teacher_val']:.4f}", seeds=interval_text(teacher["mean"])))
+    rows[-1]["mean"] = teacher["mean"]["score"]
+    columns = {"student": "{name}", "steps": "{steps}", "s a step": "{time}",
+               "held-out loss, each seed": "{val}", "mean score": "**{mean:.3f}**",
+               "score of each seed (95 %)": "{seeds}", **COLUMNS}
+    return table(rows, columns) + source(
         "python -m lab.grids distillation --seeds 2 --prompts 30 --each 4", found)
-
-
-def distance(folder) -> str:
-    full = next(iter(runs_of(folder, "assets/scenes").values()))
-    header = ["model", "pictures", "distance", "floor (renders against renders)", "precision",
-              "recall"]
-    row = ["base, 28 steps", full["fd_pictures"], f"{full['fd']:.2f}", f"{full['fd_floor']:.2f}",
-           f"{full['precision']:.3f}", f"{full['recall']:.3f}"]
-    return table(header, [row]) + source("python evaluate.py --steps 28 --fd 5000", full)
 
 
 def ablation(folder) -> str:
     found = read_result(folder, "ablation")
-    first, rows = next(iter(found["rows"].values())), []
+    first, rows = next(iter(found["rows"].values()))["step_512_s"], []
     for name, row in found["rows"].items():
         change, params, macs, paper = ABLATION[name]
-        faster = first["step_512_s"] / row["step_512_s"]
-        rows.append([name, change, f"{row['params'] / 1e6:.2f}", f"{row['macs'] / 1e6:.1f}",
-                     f"{1e3 * row['step_s']:.1f}",
-                     f"{1e3 * row['step_512_s']:.0f} ({faster:.2f} x)", f"{row['val']:.4f}",
-                     interval_text(row["scores"]["mean"]), f"{params:.1f}, {macs:.1f}", paper])
-    header = ["row", "change", "M params", "M MACs", "ms a step, 64 px", "512 px",
-              "held-out loss", "score (95 %)", "paper: M params, GMACs at 1024 px",
-              "paper reports"]
-    return table(header, rows) + source("python -m lab.grids ablation", found)
+        rows.append(in_units(row) | {
+            "name": name, "change": change, "paper_cost": f"{params:.1f}, {macs:.1f}",
+            "paper": paper, "mmacs": row["macs"] / 1e6, "x": first / row["step_512_s"],
+            "score": interval_text(row["scores"]["mean"])})
+    columns = {"row": "{name}", "change": "{change}", "M params": "{M:.2f}",
+               "M MACs": "{mmacs:.1f}", "ms a step, 64 px": "{step_s_ms:.1f}",
+               "512 px": "{step_512_s_ms:.0f} ({x:.2f} x)", "held-out loss": "{val:.4f}",
+               "score (95 %)": "{score}", "paper: M params, GMACs at 1024 px": "{paper_cost}",
+               "paper reports": "{paper}"}
+    return table(rows, columns) + source("python -m lab.grids ablation", found)
 
 
-def decoder(folder) -> str:
+def decoder_quality(folder) -> str:
     ae, bench = read_result(folder, "ae"), read_result(folder, "bench_decoder")
-    rows = {row["net"]: row for row in bench["rows"]}
-    cost = {name: [f"{rows[name]['params'] / 1e6:.2f}", f"{rows[name]['flops'] / 1e9:.0f}"]
-            for name in ("ours", "sd3", "taesd3")}
-    psnr = ", ".join(f"{value:.1f} dB at {size} px" for size, value in ae["psnr"].items())
-    return table(["decoder", "M params", "GFLOPs at 1024 px", "PSNR on held-out scenes",
-                  "iPhone, 1024 px"], [
-        ["ours", *cost["ours"], psnr, "not measured"],
-        ["SnapGen (paper)", "1.38", "", "", "174 ms (article), about 120 ms (project page)"],
-        ["SD3", *cost["sd3"], "", "out of memory on the Neural Engine (paper)"],
-        ["TAESD3", *cost["taesd3"], "", ""],
-    ]) + source("python train_decoder.py --test assets/ae docs/ae.png docs/results/ae.json", ae)
+    known = {"ours": "not measured", "taesd3": "", "sd3": "out of memory (paper)"}
+    rows = [in_units(row) | {"phone": known[row["net"]], "psnr": ""}
+            for row in bench["rows"] if row["net"] in known]
+    rows[0]["psnr"] = ", ".join(f"{v:.1f} dB at {size} px" for size, v in ae["psnr"].items())
+    rows.append({"name": "SnapGen (paper)", "M": 1.38, "gflop": float("nan"), "psnr": "",
+                 "phone": "174 ms (article), about 120 ms (project page)"})
+    columns = {"decoder": "{name}", "M params": "{M:.2f}", "GFLOPs at 1024 px": "{gflop:.0f}",
+               "PSNR on held-out scenes": "{psnr}", "iPhone, 1024 px": "{phone}"}
+    return table(rows, columns).replace("nan", "") + source(
+        "python train_decoder.py --test assets/ae docs/ae.png docs/results/ae.json", ae)
 
 
 # ------------------------------------------------------------------------- docs/BENCH.md
+NETWORK = {"network": "{name}", "M parameters": "{M:.2f}", "GFLOP": "{gflop:.0f}", "s": "{s:.2f}",
+           "x": "{ratio:.2f}", "GFLOP/s": "{rate:.0f}", "share": "{share:.0%}",
+           "GiB": "{gib:.2f}", "layout": "{layout}", "floor s": "{floor:.2f}, {floor_bytes:.2f}"}
+SAMPLE = {"what": "{what}", "ms a picture": "{s_ms:.1f}", "text": "{text_ms:.1f}",
+          "UNet": "{unet_ms:.1f}", "decoder": "{decoder_ms:.1f}", "outside": "{outside:.1%}"}
+TRAIN = {"config": "{config}", "network": "{net}", "M parameters": "{M:.2f}", "batch": "{batch}",
+         "arithmetic": "{amp}", "GFLOP a picture": "{gflop:.2f}", "pictures/s": "{img_s:.1f}",
+         "share of the peak (MFU)": "{mfu:.0%}", "GiB": "{gib:.2f}"}
+FLOOR = {"config": "{config}", "network": "{net}", "batch": "{batch}",
+         "ms a step at the peak": "{work_s_ms:.1f}", "ms at least": "{least_s_ms:.1f}",
+         "MFU at most": "{mfu:.0%}"}
+SCALING = {"network": "{net}", "px": "{size}", "batch": "{batch}", "s": "{s:.2f}",
+           "GFLOP/s": "{rate:.0f}", "GiB": "{gib:.2f}"}
+
+
 def beside_machine(found: dict) -> list[dict]:
-    """Rows with FLOP/s, their share of the matrix product's, and both floors in seconds.
+    """Rows with their share of the matrix product's FLOP/s, and both floors in seconds.
 
     The machine's limit is the median over the whole run: it varies by a fifth within minutes.
     """
     peak, band = (statistics.median(found[key]) for key in ("peak_flops", "bandwidth"))
-    return [row | {"rate": row["flops"] / row["s"], "share": row["flops"] / row["s"] / peak,
-                   "floor": row["flops"] / peak, "floor_bytes": row["bytes"] / band}
+    return [in_units(row) | {"share": row["flops"] / row["s"] / peak,
+                             "floor": row["flops"] / peak, "floor_bytes": row["bytes"] / band}
             for row in found["rows"]]
 
 
 def bench_networks(folder, subject: str) -> str:
-    found, rows = read_result(folder, f"bench_{subject}"), []
-    for r in beside_machine(found):
-        rows.append([r["name"], f"{r['params'] / 1e6:.2f}", f"{r['flops'] / 1e9:.0f}",
-                     f"{r['s']:.2f}", f"{r['ratio']:.2f}", f"{r['rate'] / 1e9:.0f}",
-                     f"{r['share']:.0%}", f"{r['peak'] / GiB:.2f}", r["layout"],
-                     f"{r['floor']:.2f}, {r['floor_bytes']:.2f}"])
-    header = ["network", "M parameters", "GFLOP", "s", "x", "GFLOP/s", "share", "GiB", "layout",
-              "floor s"]
-    product, copy = found["peak_flops"], found["bandwidth"]
-    limits = (f" {found['size']} px. Matrix product {min(product) / 1e9:.0f} to "
-              f"{max(product) / 1e9:.0f} GFLOP/s, copy {min(copy) / 1e9:.0f} to "
-              f"{max(copy) / 1e9:.0f} GB/s.")
-    return table(header, rows) + source(f"python -m lab.bench {subject}", found) + limits
+    found = read_result(folder, f"bench_{subject}")
+    product, copy = ([value / 1e9 for value in found[key]] for key in ("peak_flops", "bandwidth"))
+    limits = (f" {found['size']} px. Matrix product {min(product):.0f} to {max(product):.0f} "
+              f"GFLOP/s, copy {min(copy):.0f} to {max(copy):.0f} GB/s.")
+    about = source(f"python -m lab.bench {subject} --out docs/results", found)
+    return table(beside_machine(found), NETWORK) + about + limits
 
 
 def bench_unet(folder) -> str:
@@ -252,60 +270,47 @@ def bench_decoder(folder) -> str:
 
 def bench_sample(folder) -> str:
     found = read_result(folder, "bench_sample")
-    rows = [[row["what"], *[f"{1e3 * row[k]:.1f}" for k in ("s", "text", "unet", "decoder")],
-             f"{row['outside']:.1%}"] for row in found["rows"]]
-    header = ["what", "ms a picture", "text", "UNet", "decoder", "outside"]
-    return table(header, rows) + source("python -m lab.bench sample", found)
+    return table(map(in_units, found["rows"]), SAMPLE) + source("python -m lab.bench sample", found)
 
 
 def bench_train(folder) -> str:
     found = read_result(folder, "bench_train")
-    rows = [[r["config"], r["net"], f"{r['params'] / 1e6:.2f}", r["batch"], r["amp"],
-             f"{r['flops'] / 1e9:.2f}", f"{r['img_s']:.1f}", f"{r['mfu']:.0%}",
-             f"{r['peak'] / GiB:.2f}"] for r in found["rows"]]
-    header = ["config", "network", "M parameters", "batch", "arithmetic", "GFLOP a picture",
-              "pictures/s", "share of the peak (MFU)", "GiB"]
-    return table(header, rows) + source("python -m lab.bench train", found)
+    return table(map(in_units, found["rows"]), TRAIN) + source("python -m lab.bench train", found)
 
 
 def bench_floor(folder) -> str:
-    rows = [[r["config"], r["net"], r["batch"], f"{1e3 * r['work_s']:.1f}",
-             f"{1e3 * r['least_s']:.1f}", f"{r['work_s'] / r['least_s']:.0%}"]
-            for r in read_result(folder, "bench_train")["floors"]]
-    header = ["config", "network", "batch", "ms a step at the peak", "ms at least",
-              "MFU at most"]
-    return table(header, rows)
+    rows = read_result(folder, "bench_train")["floors"]
+    return table([in_units(r) | {"mfu": r["work_s"] / r["least_s"]} for r in rows], FLOOR)
+
+
+def bench_scaling(folder) -> str:
+    found, rows, steps = read_result(folder, "bench_scaling"), [], []
+    for row in map(in_units, found["rows"]):
+        if row["net"] == "shipped":
+            steps.append(f"{row['steps']} steps {row['s_ms']:.0f} ms")
+        else:
+            rows.append(row)
+    note = f" The shipped model, 64 px, guided, without decoding: {', '.join(steps)}."
+    return table(rows, SCALING) + source("python -m lab.bench --scaling", found) + note
 
 
 def bench_data(folder) -> str:
     found = read_result(folder, "bench_data")
-    rows = [["scenes drawn, one core (once)", found["drawn"]],
-            ["order, words and dropped captions of the batches", found["words"]],
-            ["the same with the latents gathered by the CPU", found["whole"]],
-            [f"what one H200 would take at an MFU of {found['mfu']:.0%} (computed)",
-             found["eats"]]]
-    rows = [[what, f"{speed:.0f}"] for what, speed in rows]
-    return table(["what", "pictures/s"], rows) + source("python -m lab.bench data", found)
-
-
-def bench_scaling(folder) -> str:
-    found = read_result(folder, "bench_scaling")
-    rows = [[r["net"], r["size"], r["batch"], f"{r['s']:.2f}",
-             f"{r['flops'] / r['s'] / 1e9:.0f}", f"{r['peak'] / GiB:.2f}"]
-            for r in found["rows"] if r["net"] != "shipped"]
-    steps = ", ".join(f"{r['steps']} steps {1e3 * r['s']:.0f} ms"
-                      for r in found["rows"] if r["net"] == "shipped")
-    note = f" The shipped model, 64 px, guided, without decoding: {steps}."
-    return table(["network", "px", "batch", "s", "GFLOP/s", "GiB"], rows) + source(
-        "python -m lab.bench --scaling", found) + note
+    names = {"drawn": "scenes drawn, one core (once)",
+             "words": "order, words and dropped captions of the batches",
+             "whole": "the same with the latents gathered by the CPU",
+             "eats": f"what one H200 would take at an MFU of {found['mfu']:.0%} (computed)"}
+    rows = [{"what": what, "speed": found[key]} for key, what in names.items()]
+    columns = {"what": "{what}", "pictures/s": "{speed:.0f}"}
+    return table(rows, columns) + source("python -m lab.bench data", found)
 
 
 def bench_aims(folder) -> str:
-    """What was aimed at, on a CPU, and what was measured; BENCH.md says why, where it was missed."""
-    unet, dec = ({row["net"]: row for row in beside_machine(read_result(folder, f"bench_{s}"))}
-                 for s in ("unet", "decoder"))
+    """What was aimed at, on a CPU, and what was measured; BENCH.md says why where it was missed."""
+    unet, dec = ({row["net"]: row for row in read_result(folder, f"bench_{subject}")["rows"]}
+                 for subject in ("unet", "decoder"))
     loader = read_result(folder, "bench_data")
-    outside = max(r["outside"] for r in read_result(folder, "bench_sample")["rows"])
+    outside = max(row["outside"] for row in read_result(folder, "bench_sample")["rows"])
     rate = unet["dreamlite"]["ratio"] * unet["ours"]["flops"] / unet["dreamlite"]["flops"]
     aims = [
         ("UNet: faster than SDXL's", 5.0, unet["sdxl"]["ratio"]),
@@ -315,17 +320,16 @@ def bench_aims(folder) -> str:
         ("decoder: faster than TAESD3", 1.3, dec["taesd3"]["ratio"]),
         ("loader: words of a batch, times what a GPU takes", 3.0, loader["words"] / loader["eats"]),
     ]
-    rows = [[what, f"at least {least:.2f} x", f"{value:.2f} x",
-             "reached" if value >= least else "missed"] for what, least, value in aims]
-    rows.append(["sampling: time outside the networks", "under 5 %", f"{outside:.1%}",
-                 "reached" if outside < 0.05 else "missed"])
-    return table(["what", "aim", "measured", ""], rows)
+    rows = [{"what": what, "aim": f"at least {least:.2f} x", "value": f"{value:.2f} x",
+             "verdict": "reached" if value >= least else "missed"} for what, least, value in aims]
+    rows.append({"what": "sampling: time outside the networks", "aim": "under 5 %",
+                 "value": f"{outside:.1%}", "verdict": "reached" if outside < 0.05 else "missed"})
+    return table(rows, {"what": "{what}", "aim": "{aim}", "measured": "{value}", "": "{verdict}"})
 
 
-TABLES = {f.__name__: f for f in (
-    geneval, mistakes, few_steps, few_steps_wide, distillation, distance, ablation, decoder,
-    bench_aims, bench_unet, bench_decoder, bench_sample, bench_train, bench_floor, bench_data,
-    bench_scaling)}
+TABLES = {function.__name__: function for function in (
+    geneval, mistakes, few_steps, distillation, ablation, decoder_quality, bench_aims,
+    bench_unet, bench_decoder, bench_sample, bench_train, bench_floor, bench_data, bench_scaling)}
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

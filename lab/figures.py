@@ -1,0 +1,154 @@
+"""Every picture of README.md and docs/ that needs no training, from assets/ and docs/results.
+
+    python -m lab.figures                all of them, and the tables (lab.tables)
+    python -m lab.figures steps ae       only these
+
+samples: what the shipped weights draw.  steps: before and after step distillation.
+score: a judged contact sheet.  ae: the autoencoder.  losses: nano's training.  cost: time, memory.
+"""
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import ROOT, UserError, friendly, setup
+from decoder import load_autoencoder
+from lab import tables
+from model import load_model
+from plots import BLUE, GREY, ORANGE, Line, Panel, chart, losses
+from sample import generate, sampling
+
+DOCS = ROOT / "docs"
+BASE, FAST = "assets/scenes", "assets/fast"
+STEPS = {BASE: (1, 2, 4, 8, 28), FAST: (1, 2, 4)}
+PROMPTS = (     # of the six categories; all but the plain nouns were never trained on
+    "a shoe against a red wall", "a penguin and a clock on the beach", "2 cats", "a white rocket",
+    "a carrot to the right of the mug", "a green tractor and a red elephant")
+SAMPLES = (
+    "a panda", "a snail on snow", "a rocket and a tree", "4 guitars", "a purple mushroom",
+    "a fox to the left of a house", "a teapot", "a bee against a blue wall", "a robot and a donut",
+    "3 fish on the beach", "a green balloon", "a mushroom under the bee")
+
+
+def draw_prompts(ckpt: str, prompts, steps=None) -> list:
+    """Pictures of the prompts by a checkpoint, as it says or in so many steps, seeds from 0."""
+    device = setup("auto")[0]
+    net, config = load_model(ckpt, device)
+    ae, size = load_autoencoder("assets/ae", device), config["data"]["size"]
+    return generate(net, ae, prompts, range(len(prompts)), size, **sampling(config, steps))
+
+
+def show(ax, picture, title="", label=""):
+    ax.imshow(picture, interpolation="nearest")
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(title, fontsize=9, wrap=True)
+    ax.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", wrap=True)
+    for side in ax.spines.values():
+        side.set_visible(False)
+
+
+def draw_samples(folder: Path):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 3.9), layout="constrained")
+    axes = figure.subplots(2, 6).flat
+    for ax, picture, prompt in zip(axes, draw_prompts(FAST, SAMPLES), SAMPLES):
+        show(ax, picture, prompt)
+    figure.savefig(folder / "samples.png", dpi=100)
+
+
+def draw_steps(folder: Path):
+    """Rows: prompts. Columns: steps of the base and of the distilled model. Below: their scores."""
+    from matplotlib.figure import Figure
+    columns = [(ckpt, steps) for ckpt in (BASE, FAST) for steps in STEPS[ckpt]]
+    figure = Figure(figsize=(9.6, 9.6), layout="constrained")
+    top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
+    axes = top.subplots(len(PROMPTS), len(columns))
+    for column, (ckpt, steps) in enumerate(columns):
+        name = "base" if ckpt == BASE else "distilled"
+        for row, picture in enumerate(draw_prompts(ckpt, PROMPTS, steps)):
+            title = f"{name}\n{steps} step{'s' * (steps > 1)}" if row == 0 else ""
+            label = PROMPTS[row].replace(" and ", "\nand ").replace(" to ", "\nto ")
+            label = label.replace(" on ", "\non ").replace(" against ", "\nagainst ")
+            show(axes[row, column], picture, title, "" if column else label)
+    ax = below.subplots()
+    for ckpt, label, colour in ((BASE, "base, guidance 4", ORANGE),
+                                (FAST, "distilled, no guidance", BLUE)):
+        runs = sorted(tables.runs_of(tables.RESULTS, ckpt).items())
+        scores = [run["scores"]["mean"] for _, run in runs]
+        means = [score["score"] for score in scores]
+        errors = [[mean - score["low"] for mean, score in zip(means, scores)],
+                  [score["high"] - mean for mean, score in zip(means, scores)]]
+        ax.errorbar([steps for steps, _ in runs], means, errors, fmt=".-", color=colour,
+                    label=label, capsize=3)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(STEPS[BASE], STEPS[BASE])
+    ax.set(xlabel="steps", ylabel="score (95 %)", ylim=(0, 1))
+    ax.legend(frameon=False, loc="lower right")
+    ax.grid(alpha=0.25)
+    figure.savefig(folder / "steps.png", dpi=80)
+
+
+def run_script(*arguments):
+    """A script of the front, with its own output. UserError where it fails."""
+    status = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT).returncode
+    if status:
+        raise UserError(f"`python {' '.join(map(str, arguments))}` ended with status {status}")
+
+
+def draw_score(folder: Path):
+    """evaluate.py's contact sheet: green frames are right, red ones wrong, and what was seen."""
+    with tempfile.TemporaryDirectory() as out:
+        run_script("evaluate.py", "--ckpt", FAST, "--prompts", 10, "--each", 1, "--out", out)
+        shutil.copy(Path(out) / "score.png", folder / "score.png")
+
+
+def draw_autoencoder(folder: Path):
+    """Input, output and their difference x 4, of held-out scenes."""
+    run_script("train_decoder.py", "--test", "assets/ae", folder / "ae.png")
+
+
+def draw_losses(folder: Path):
+    losses(DOCS / "nano_log.csv", folder / "nano_loss.png")
+
+
+def draw_cost(folder: Path):
+    """Seconds and GiB against the picture's side and the batch, seconds against the steps."""
+    rows = tables.read_result(tables.RESULTS, "bench_scaling")["rows"]
+
+    def against_size(net: str, key: str, unit: float) -> list[tuple]:
+        return [(r["size"], r[key] / unit) for r in rows if r["net"] == net and r["batch"] == 1]
+
+    batches = [r for r in rows if r["net"] == "UNet" and r["size"] == 256]
+    seconds = [(r["batch"], r["s"] / r["batch"]) for r in batches]
+    memory = [(r["batch"], r["peak"] / tables.GiB) for r in batches]
+    steps = [(r["steps"], r["s"]) for r in rows if r["net"] == "shipped"]
+    by_size = [
+        Panel(title, "pixels of a side", [Line("379 M UNet", BLUE, against_size("UNet", *unit)),
+                                          Line("decoder", ORANGE, against_size("decoder", *unit))])
+        for title, unit in (("seconds", ("s", 1)), ("GiB", ("peak", tables.GiB)))]
+    chart([*by_size,
+           Panel("379 M UNet, 256 px", "batch", [Line("seconds a picture", BLUE, seconds),
+                                                 Line("GiB", GREY, memory)]),
+           Panel("shipped model, 64 px, guided", "steps", [Line("seconds", BLUE, steps)])],
+          folder / "scaling_cost.png")
+
+
+FIGURES = {"samples": draw_samples, "steps": draw_steps, "score": draw_score,
+           "ae": draw_autoencoder, "losses": draw_losses, "cost": draw_cost}
+
+
+def main(argv):
+    for name in argv:
+        if name not in FIGURES:
+            raise UserError(f"no figure '{name}': there are {', '.join(FIGURES)}")
+    for name in argv or FIGURES:
+        FIGURES[name](DOCS)
+        print(f"docs: {name}", flush=True)
+    if not argv:
+        tables.main([])
+
+
+if __name__ == "__main__":
+    with friendly():
+        main(sys.argv[1:])
