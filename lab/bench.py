@@ -8,7 +8,6 @@
 
 Machines are noisy, so a peer is timed in turns with ours (A B A B ...), and the ratio is of the
 medians. What the machine can do at all, its matrix product and its copy, is measured in between.
-Work is counted on the meta device: on CPU tensors PyTorch counts attention as nothing.
 Nothing here is a promise about a phone.
 """
 import argparse
@@ -25,20 +24,10 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from common import (
-    ROOT,
-    UserError,
-    autocast,
-    friendly,
-    provenance,
-    read_config,
-    setup,
-    use_bfloat16,
-)
-from costs import forward_flops
+from common import ROOT, UserError, autocast, friendly, provenance, read_config, setup, use_bfloat16
+from costs import forward_flops, matmul_speed
 from data import Batch, Batches, scenes_of
 from decoder import load_autoencoder
 from lab import tables
@@ -51,8 +40,9 @@ from text import Text, load_vocabulary
 from train import FlowObjective, TrainConfig
 
 H200, H200_BYTES = 989e12, 4.8e12   # FLOP/s in bfloat16, bytes/s of its memory: its data sheet
-ON_GPU = (("configs/base.toml", 256), ("configs/t2i_256.toml", 64))     # and pictures a step
-ON_CPU = (("configs/nano.toml", 48), ("configs/base.toml", 4))
+# config, pictures a step, text tokens
+ON_GPU = (("configs/base.toml", 256, 16), ("configs/t2i_256.toml", 64, 333))
+ON_CPU = (("configs/nano.toml", 48, 16), ("configs/base.toml", 4, 16))
 CAPTION = "a red car to the left of a blue dog"
 
 
@@ -71,15 +61,11 @@ def seconds_of(function, device) -> float:
     return time.perf_counter() - begin
 
 
-def machine_limits(device, dtype=torch.float32) -> tuple[float, float]:
-    """FLOP/s of a matrix product and bytes/s of a copy (read and written), best of four each."""
-    n = 8192 if device.type == "cuda" else 2048
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    source = torch.ones(2**26, device=device)       # 256 MiB
+def copy_speed(device) -> float:
+    """Bytes/s of a copy of 256 MiB, read and written, best of four."""
+    source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
-    product = min(seconds_of(lambda: a @ a, device) for _ in range(4))
-    copy = min(seconds_of(lambda: target.copy_(source), device) for _ in range(4))
-    return 2 * n**3 / product, 2 * 2**28 / copy
+    return 2 * 2**28 / min(seconds_of(partial(target.copy_, source), device) for _ in range(4))
 
 
 def memory_in_use(device) -> tuple[int, int]:
@@ -121,36 +107,6 @@ def stopwatch(owner, method: str, device):
         delattr(owner, method)
 
 
-def work_of(peer: Peer, size: int, batch: int = 1) -> dict:
-    """Parameters, FLOPs (2 a multiply-add) and bytes of one call, counted on the meta device.
-
-    Bytes: inputs, outputs and weights of every module, in fp32, each moved once.
-    """
-    moved = []
-
-    def count(module, inputs, out):
-        tensors = (*inputs, out, *module.parameters())
-        moved.extend(4 * x.numel() for x in tensors if torch.is_tensor(x))
-
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        net = peer.make()
-        for module in net.modules():
-            if not list(module.children()):
-                module.register_forward_hook(count)
-        peer.call(net, *peer.inputs(size, batch))
-    params = sum(p.numel() for p in net.parameters())
-    return {"params": params, "flops": counter.get_total_flops(), "bytes": sum(moved)}
-
-
-def fill_with_noise(net, noise):
-    """Weights of the usual scale: one block of noise over and over, which is quick."""
-    for p in [*net.parameters(), *net.buffers()]:
-        if p.is_floating_point():
-            scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
-            for part in p.data.view(-1).split(len(noise)):
-                torch.mul(noise[:len(part)], scale, out=part)
-
-
 class Runner:
     """A Peer on the device, called by run(). `peak`: bytes that it takes, weights included.
 
@@ -162,24 +118,30 @@ class Runner:
         before = memory_in_use(device)[0]
         with torch.device("meta"):
             net = peer.make()
-        self.net = net.to_empty(device=device).to(dtype).eval().requires_grad_(False)
         self.peer, self.dtype = peer, dtype
-        fill_with_noise(net, torch.randn(2**20, device=device, dtype=dtype))
+        self.net = net.to_empty(device=device).to(dtype).eval().requires_grad_(False)
+        self.fill(torch.randn(2**20, device=device, dtype=dtype))
         with torch.device(device):
             inputs, small = peer.inputs(size, batch), peer.inputs(min(size, 256), 1)
-        layouts = {"NCHW": torch.contiguous_format}
+        layouts, taken = {"NCHW": torch.contiguous_format}, {}
         if peer.conv:
             layouts["NHWC"] = torch.channels_last
-        taken = {}
         for name, layout in layouts.items():
             call = self.prepare(small, layout)
-            seconds_of(call, device)                        # warms up
-            taken[name] = min(seconds_of(call, device) for _ in range(2))
+            taken[name] = min(seconds_of(call, device) for _ in range(3))
         self.layout = min(taken, key=taken.get)
         self.run = self.prepare(inputs, layouts[self.layout])
         reset_memory(device)
         seconds_of(self.run, device)                        # warms up at full size
         self.peak = memory_in_use(device)[1] - before
+
+    def fill(self, noise):
+        """Weights of the usual scale: one block of noise over and over, which is quick."""
+        for p in [*self.net.parameters(), *self.net.buffers()]:
+            if p.is_floating_point():
+                scale = p[0].numel() ** -0.5 if p.ndim > 1 else 0.1
+                for part in p.data.view(-1).split(len(noise)):
+                    torch.mul(noise[:len(part)], scale, out=part)
 
     def prepare(self, inputs, layout):
         self.net.to(memory_format=layout)
@@ -200,16 +162,16 @@ def race(make, args, device) -> dict:
         runner = ours
         if name != "ours":
             runner = Runner(peer, args.size, device, dtype=args.dtype)
-        own, theirs, limits = [], [], []
+        own, theirs, peaks = [], [], []
         for _ in range(args.rounds):
             own.append(seconds_of(ours.run, device))
             theirs.append(own[-1] if name == "ours" else seconds_of(runner.run, device))
-            limits.append(machine_limits(device, args.dtype))
-        for key, values in zip(("peak_flops", "bandwidth"), zip(*limits)):
-            found[key].append(statistics.median(values))
+            peaks.append(matmul_speed(device, args.bf16))
+        found["peak_flops"].append(statistics.median(peaks))
+        found["bandwidth"].append(copy_speed(device))
         seconds = statistics.median(theirs)
         found["rows"].append({
-            "net": name, "name": peer.name, **work_of(peer, args.size), "s": seconds,
+            "net": name, "name": peer.name, **peer.work(args.size), "s": seconds,
             "ratio": seconds / statistics.median(own), "peak": runner.peak,
             "layout": runner.layout,
         })
@@ -249,19 +211,25 @@ def measure_sampling(args, device) -> dict:
 
 
 # ------------------------------------------------------------------------- training
-def mmdit_of_equal_flops(network, size: int, tokens: int, head_dim: int = 32) -> MMDiTConfig:
+def mmdit_of_equal_flops(network, size: int, tokens: int) -> MMDiTConfig:
     """The MMDiT, three blocks for each two heads, whose forward pass is nearest in FLOPs."""
     goal, found = forward_flops(network, size, tokens), []
     for heads in range(2, 64):
-        cfg = MMDiTConfig(
-            layers=max(2, 3 * heads // 2), heads=heads, head_dim=head_dim,
-            context_dim=network.context_dim, pooled_dim=network.context_dim,
-            base=size // 16, position_max=size // 16)
+        cfg = MMDiTConfig(layers=3 * heads // 2, heads=heads, head_dim=32, base=size // 16,
+                          position_max=size // 16, context_dim=network.context_dim,
+                          pooled_dim=network.context_dim)
         flops = forward_flops(cfg, size, tokens)
         found.append((abs(math.log(flops / goal)), heads, cfg))
         if flops > goal:
             break
     return min(found)[2]
+
+
+def unet_and_mmdit(path: str, tokens: int) -> tuple[TrainConfig, dict]:
+    """The config, its UNet, and an MMDiT of as many FLOPs."""
+    cfg = read_config(TrainConfig(), ["--config", path])
+    mmdit = mmdit_of_equal_flops(cfg.network, cfg.data.size, tokens)
+    return cfg, {"UNet": cfg.network, "MMDiT": mmdit}
 
 
 def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, float]:
@@ -272,13 +240,14 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
     moves two maps and the weights once, where that takes longer than its work. Norms,
     activations, attention's bytes, the optimiser and waiting cost nothing here.
     """
-    flops, moved = [], []
+    kernels, seconds = [], []
 
     def count(module, inputs, out):
-        flops.append(2 * out.numel() * module.weight[0].numel())
-        moved.append(2 * (inputs[0].numel() + out.numel() + module.weight.numel()))
+        kernels.append(2 * out.numel() * module.weight[0].numel() / H200)
+        moved = 2 * (inputs[0].numel() + out.numel() + module.weight.numel()) / H200_BYTES
+        seconds.append(max(kernels[-1], moved))
 
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.device("meta"), torch.no_grad():
         net = make_network(network)
         for module in net.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -286,13 +255,10 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
         x = torch.empty(batch, network.in_channels, size // 8, size // 8)
         emb = torch.empty(batch, tokens, network.context_dim)
         mask = torch.ones(batch, tokens, dtype=torch.bool)
-        pooled = {}
-        if isinstance(network, MMDiTConfig):
-            pooled["pooled"] = torch.empty(batch, network.pooled_dim)
-        net(x, torch.empty(batch), emb, mask, **pooled)
-    rest = counter.get_total_flops() - sum(flops)
-    kernels = sum(max(f / H200, b / H200_BYTES) for f, b in zip(flops, moved))
-    return 3 * counter.get_total_flops() / H200, 3 * (rest / H200 + kernels)
+        extra = [emb.mean(1)] if isinstance(network, MMDiTConfig) else []
+        net(x, torch.empty(batch), emb, mask, *extra)
+    work = batch * forward_flops(network, size, tokens) / H200
+    return 3 * work, 3 * (work - sum(kernels) + sum(seconds))
 
 
 class TrainingStep:
@@ -301,7 +267,7 @@ class TrainingStep:
     Latents are noise; states of frozen text encoders are given. `peak`: bytes that it takes.
     """
 
-    def __init__(self, cfg: TrainConfig, network, batch: int, device):
+    def __init__(self, cfg: TrainConfig, network, batch: int, tokens: int, device):
         reset_memory(device)
         before = memory_in_use(device)[0]
         self.device, self.amp = device, use_bfloat16(cfg.amp, device)
@@ -314,17 +280,17 @@ class TrainingStep:
         self.run = torch.compile(objective) if compiled else objective
         side = cfg.data.size // 8
         x0, self.eps = torch.randn(2, batch, network.in_channels, side, side, device=device)
-        self.batch = Batch(x0, self.text_of(cfg, network, batch)).to(device)
+        self.batch = Batch(x0, self.text_of(cfg, network, batch, tokens)).to(device)
         self.t = torch.rand(batch, device=device)
         for _ in range(2):
             seconds_of(self, device)
         self.peak = memory_in_use(device)[1] - before
 
-    def text_of(self, cfg, network, batch: int):
+    def text_of(self, cfg, network, batch: int, tokens: int):
         if cfg.text.kind == "own":
-            return load_vocabulary().tokenize([CAPTION] * batch)
-        emb = torch.randn(batch, cfg.tokens, cfg.text.width)
-        mask = torch.ones(batch, cfg.tokens, dtype=torch.bool)
+            return self.net.vocabulary.tokenize([CAPTION] * batch)
+        emb = torch.randn(batch, tokens, cfg.text.width)
+        mask = torch.ones(batch, tokens, dtype=torch.bool)
         return Text(emb, mask, emb.mean(1) if isinstance(network, MMDiTConfig) else None)
 
     @torch.inference_mode(False)
@@ -336,38 +302,30 @@ class TrainingStep:
         self.learner.step()
 
 
-def training_rows(path: str, batch: int, rounds: int, device) -> list[dict]:
-    """The config's UNet and an MMDiT of as many FLOPs, in turns."""
-    cfg = read_config(TrainConfig(), ["--config", path])
-    size, tokens = cfg.data.size, cfg.tokens
-    nets = {"UNet": cfg.network, "MMDiT": mmdit_of_equal_flops(cfg.network, size, tokens)}
-    steps = {name: TrainingStep(cfg, network, batch, device) for name, network in nets.items()}
-    taken, peaks = {name: [] for name in steps}, []
+def training_rows(path: str, batch: int, tokens: int, rounds: int, device) -> list[dict]:
+    """The UNet and the MMDiT in turns."""
+    cfg, nets = unet_and_mmdit(path, tokens)
+    steps = {k: TrainingStep(cfg, net, batch, tokens, device) for k, net in nets.items()}
+    amp, taken, peaks = steps["UNet"].amp, {name: [] for name in steps}, []
     for _ in range(rounds + 2):
         for name, step in steps.items():
             taken[name].append(seconds_of(step, device))
-        amp = steps["UNet"].amp
-        peaks.append(machine_limits(device, torch.bfloat16 if amp else torch.float32)[0])
+        peaks.append(matmul_speed(device, amp))
     rows, peak = [], statistics.median(peaks)
     for name, step in steps.items():
-        seconds = statistics.median(taken[name])
-        flops = 3 * forward_flops(nets[name], size, tokens, step.net.text)
-        rows.append({
-            "config": path, "net": name, "params": step.params, "batch": batch,
-            "amp": "bfloat16" if step.amp else "float32", "flops": flops, "s": seconds,
-            "img_s": batch / seconds, "mfu": batch * flops / seconds / peak,
-            "peak_flops": peak, "peak": step.peak,
-        })
+        speed = batch / statistics.median(taken[name])
+        flops = 3 * forward_flops(nets[name], cfg.data.size, tokens, step.net.text)
+        rows.append({"config": path, "net": name, "params": step.params, "batch": batch,
+                     "amp": "bfloat16" if amp else "float32", "flops": flops,
+                     "img_s": speed, "mfu": speed * flops / peak, "peak": step.peak})
     return rows
 
 
-def floor_rows(path: str, batch: int) -> list[dict]:
-    cfg = read_config(TrainConfig(), ["--config", path])
-    size, tokens = cfg.data.size, cfg.tokens
-    nets = {"UNet": cfg.network, "MMDiT": mmdit_of_equal_flops(cfg.network, size, tokens)}
+def floor_rows(path: str, batch: int, tokens: int) -> list[dict]:
+    cfg, nets = unet_and_mmdit(path, tokens)
     rows = []
     for name, network in nets.items():
-        work, least = training_floor(network, size, tokens, batch)
+        work, least = training_floor(network, cfg.data.size, tokens, batch)
         rows.append({"config": path, "net": name, "batch": batch, "work_s": work,
                      "least_s": least})
     return rows
@@ -378,7 +336,6 @@ def measure_training(args, device) -> dict:
     return {
         "rows": [row for case in cases for row in training_rows(*case, args.rounds, device)],
         "floors": [row for case in ON_GPU for row in floor_rows(*case)],
-        "gpu_flops": H200, "gpu_bytes": H200_BYTES,
     }
 
 
@@ -389,15 +346,14 @@ def measure_loading(args, device) -> dict:
     Scenes are drawn and encoded once (`drawn`); then latents are on the device. What is left for
     each batch is measured with latents of one place (`words`) and with whole ones (`whole`).
     """
-    overrides = [f"data.pictures={args.pictures}"]
-    cfg = read_config(TrainConfig(), ["--config", "configs/base.toml", *overrides])
+    cfg, pictures = read_config(TrainConfig(), ["--config", "configs/base.toml"]), 4096
     scenes, side = scenes_of(cfg.data), cfg.data.size // 8
     begin = time.perf_counter()
     for i in range(200):
         scenes.render(scenes.scene(i))
     found = {"drawn": 200 / (time.perf_counter() - begin)}
     for name, places in (("words", 1), ("whole", side)):
-        latents = torch.randn(args.pictures, 16, places, places).half()
+        latents = torch.randn(pictures, 16, places, places).half()
         batches, k = Batches(cfg, latents, device, load_vocabulary()), 0
         wait_for(device)
         begin = time.perf_counter()
@@ -407,9 +363,8 @@ def measure_loading(args, device) -> dict:
         wait_for(device)
         found[name] = k * cfg.batch / (time.perf_counter() - begin)
     text = TextToLatents(cfg.network, cfg.text).text
-    flops = 3 * forward_flops(cfg.network, cfg.data.size, cfg.tokens, text)
-    return {"config": "configs/base.toml", **found, "eats": 0.35 * H200 / flops, "mfu": 0.35,
-            "gpu_flops": H200}
+    flops = 3 * forward_flops(cfg.network, cfg.data.size, 16, text)
+    return {"config": "configs/base.toml", **found, "eats": 0.35 * H200 / flops, "mfu": 0.35}
 
 
 # ------------------------------------------------------------------------- scaling
@@ -425,7 +380,7 @@ def measure_scaling(args, device) -> dict:
             runner = Runner(peer, size, device, batch, args.dtype)
             seconds = statistics.median(seconds_of(runner.run, device) for _ in range(args.rounds))
             rows.append({"net": name, "size": size, "batch": batch, "s": seconds,
-                         "peak": runner.peak, "flops": work_of(peer, size, batch)["flops"]})
+                         "peak": runner.peak, "flops": peer.work(size, batch)["flops"]})
             print(f"{name} {size} px x {batch}: {seconds:.2f} s", flush=True)
             del runner
     net, config = load_model("assets/scenes", device)
@@ -468,7 +423,6 @@ def main(argv):
     p.add_argument("--rounds", type=int, default=2, help="turns")
     p.add_argument("--nets", nargs="+", default=[], choices=NETS, help="ours and these alone")
     p.add_argument("--bf16", action="store_true", help="networks in bfloat16 instead of fp32")
-    p.add_argument("--pictures", type=int, default=4096, help="of the data subject")
     p.add_argument("--out", default="runs/bench", help="folder of the bench_*.json files")
     args = p.parse_intermixed_args(argv)
     if args.rounds < 1 or args.size < 32 or args.size % 32:

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -38,6 +39,7 @@ from common import (
 )
 from data import Batch
 from distill import Distill, DistillConfig
+from lab import tables
 from model import (
     LADDER,
     PRESETS,
@@ -76,56 +78,35 @@ def row_commands(args, script: str, out: Path, keys) -> list[list[str]]:
     return [train, score_command(args, out / "final", out)]
 
 
-class RowProcess:
-    """The commands of one row, one after the other, with their output in base/ROW.txt."""
-
-    def __init__(self, row: str, commands: list[list[str]], base: Path):
-        self.row, self.left = row, list(commands)
-        self.screen = base / f"{row}.txt"
-        self.start()
-
-    def start(self):
-        with open(self.screen, "a") as out:
-            self.process = subprocess.Popen(self.left.pop(0), cwd=ROOT, stdout=out,
-                                            stderr=subprocess.STDOUT)
-
-    def is_done(self) -> bool:
-        """Starts the next command where one has ended well; UserError where one has failed."""
-        status = self.process.poll()
-        if status is None:
-            return False
-        if status:
-            raise UserError(f"row {self.row} ended with status {status}: see {self.screen}; "
-                            "run the same command to go on")
-        if self.left:
-            self.start()
-            return False
-        return True
+def run_row(row: str, commands: list[list[str]], base: Path):
+    """Its commands one after the other, what they print in base/ROW.txt."""
+    screen = base / f"{row}.txt"
+    with open(screen, "a") as out:
+        for command in commands:
+            status = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out).returncode
+            if status:
+                raise UserError(f"row {row} ended with status {status}: see {screen}; run the "
+                                "same command to go on")
 
 
 def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
     """Runs the rows that have no score.json yet, `jobs` of them side by side.
 
-    The first row runs alone until its log begins, so that it makes the cache for all.
+    The first one runs alone until its log begins, so that it makes the cache for all.
     """
     base.mkdir(parents=True, exist_ok=True)
     waiting = [row for row in commands if not (base / row / "score.json").exists()]
-    bar = tqdm(total=len(commands), initial=len(commands) - len(waiting), unit="row")
-    running, alone = [], waiting[:1]
-    try:
-        while waiting or running:
-            alone = [row for row in alone if not (base / row / "log.csv").exists()]
-            while waiting and len(running) < jobs and not (running and alone):
-                row = waiting.pop(0)
-                running.append(RowProcess(row, commands[row], base))
-            still = [process for process in running if not process.is_done()]
-            bar.update(len(running) - len(still))
-            running = still
-            time.sleep(0.2)
-    finally:
-        for process in running:
-            process.process.terminate()     # SIGTERM: it saves, and goes on next time
-        bar.close()
+    with ThreadPoolExecutor(jobs) as pool:
+        rows = []
+        for row in waiting:
+            rows.append(pool.submit(run_row, row, commands[row], base))
+            while not rows[0].done() and not (base / waiting[0] / "log.csv").exists():
+                time.sleep(0.2)
+        try:
+            for row in tqdm(as_completed(rows), total=len(rows), unit="row"):
+                row.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def last_value(log: list[dict], key: str) -> float:
@@ -152,24 +133,31 @@ def in_turns(functions: dict, rounds: int) -> dict[str, float]:
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
 
-def write_result(path, found: dict):
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(found, indent=1))
-    print(f"\n{path}")
+def about_grid(args, cfg) -> dict:
+    return {"config": args.config, "steps": cfg.steps, "batch": cfg.batch, "size": cfg.data.size,
+            "nouns": cfg.data.nouns, **provenance(cfg.seed), "rows": {}}
+
+
+def write_result(args, found: dict):
+    """The JSON file; and its table on the screen."""
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{args.grid}.json").write_text(json.dumps(found, indent=1))
+    print(tables.TABLES[args.grid](folder))
 
 
 # ------------------------------------------------------------------------- distillation
-def objective_step(cfg, device):
+def objective_step(cfg: DistillConfig, device):
     """() -> one forward and backward pass of the objective that the config describes."""
     objective = Distill(cfg, TextToLatents(cfg.network, cfg.text).to(device)).to(device)
     side, channels = cfg.data.size // 8, cfg.network.in_channels
     x0, eps = torch.randn(2, cfg.batch, channels, side, side, device=device)
     captions = ["a red car to the left of a blue dog"] * cfg.batch
     batch = Batch(x0, load_vocabulary().tokenize(captions)).to(device)
-    t, amp = torch.rand(cfg.batch, device=device), use_bfloat16(cfg.amp, device)
+    t = torch.rand(cfg.batch, device=device)
 
     def step():
-        with autocast(device, amp):
+        with autocast(device, use_bfloat16(cfg.amp, device)):
             loss = objective(batch, eps, t)[0].mean()
         loss.backward()
         objective.zero_grad()
@@ -181,61 +169,54 @@ def place_of(row: str, seed) -> str:
     return re.sub(r"\W+", "_", row).strip("_") + f"_{seed}"
 
 
+def run_seeds(args, rows: dict[str, list[str]], base: Path, seeds, others=()):
+    """Trains and scores each row with each seed; `others`: more rows, with their commands."""
+    commands = {}
+    for seed in seeds:
+        for row, keys in rows.items():
+            out = base / place_of(row, seed)
+            commands[out.name] = row_commands(args, "distill.py", out, [*keys, f"seed={seed}"])
+    run_rows(commands | dict(others), base, args.jobs)
+
+
+def outcomes_of(row: str, base: Path) -> list[dict]:
+    """One for each seed, of this call and of earlier ones."""
+    scores = sorted(base.glob(place_of(row, "[0-9]*") + "/score.json"))
+    return [outcome(path.parent) for path in scores]
+
+
 def distillation_grid(args):
     cfg = read_config(DistillConfig(), ["--config", args.config, *args.overrides])
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + args.seeds)
     teacher, device = resolve(cfg.teacher), setup(cfg.device)[0]
+    score_teacher = [score_command(args, teacher, base / "teacher")]
+    wanted = {row: KD_ROWS[row] for row in args.kd_rows}
+    run_seeds(args, wanted, base, seeds, {"teacher": score_teacher}.items())
 
-    def commands(row, seed, *keys):
-        place = place_of(row, seed)
-        keys = [*keys, f"seed={seed}"]
-        return {place: row_commands(args, "distill.py", base / place, keys)}
-
-    def seeds_found(row):       # of this call and of earlier ones
-        places = sorted(base.glob(place_of(row, "[0-9]*") + "/score.json"))
-        return [outcome(path.parent) for path in places]
-
-    jobs = {}
-    for seed in seeds:
-        for row in args.kd_rows:
-            jobs |= commands(row, seed, *KD_ROWS[row])
-    jobs["teacher"] = [score_command(args, teacher, base / "teacher")]
-    run_rows(jobs, base, args.jobs)
-
-    rows = [row for row in KD_ROWS if seeds_found(row)]
     steps = {}
-    for row in rows:
-        keys = [*args.overrides, *KD_ROWS[row]]
-        row_cfg = read_config(DistillConfig(), ["--config", args.config, *keys])
-        steps[row] = objective_step(row_cfg, device)
+    for row in KD_ROWS:
+        if outcomes_of(row, base):
+            keys = [*args.overrides, *KD_ROWS[row]]
+            row_cfg = read_config(DistillConfig(), ["--config", args.config, *keys])
+            steps[row] = objective_step(row_cfg, device)
     seconds = in_turns(steps, rounds=7)
-    slowest = max(rows, key=seconds.get)
+    slowest = max(seconds, key=seconds.get)
     if slowest != "alone":
         more = round(cfg.steps * seconds[slowest] / seconds["alone"])
-        jobs = {}
-        for seed in seeds:
-            jobs |= commands(LONGER, seed, *KD_ROWS["alone"], f"steps={more}")
-        run_rows(jobs, base, args.jobs)
-        rows.append(LONGER)
+        run_seeds(args, {LONGER: [*KD_ROWS["alone"], f"steps={more}"]}, base, seeds)
         seconds[LONGER] = seconds["alone"]
 
     student = load_model(base / place_of("alone", cfg.seed) / "final")[0]
-    scored = json.loads((base / "teacher/score.json").read_text())["scores"]
     found = {
-        "config": args.config, "batch": cfg.batch, "nouns": cfg.data.nouns,
-        "size": cfg.data.size, "prompts": args.prompts, "each": args.each, "slowest": slowest,
+        **about_grid(args, cfg), "prompts": args.prompts, "each": args.each, "slowest": slowest,
         "params": count_params(student), "teacher_params": count_params(load_model(teacher)[0]),
-        "teacher": scored, "teacher_val": last_value(read_log(teacher.parent / "log.csv"), "val"),
-        **provenance(cfg.seed), "rows": {},
+        "teacher": json.loads((base / "teacher/score.json").read_text())["scores"],
+        "teacher_val": last_value(read_log(teacher.parent / "log.csv"), "val"),
     }
-    for row in rows:
-        outcomes = seeds_found(row)
-        scores = [seed["scores"]["mean"]["score"] for seed in outcomes]
-        found["rows"][row] = {"steps": outcomes[-1]["steps"], "step_s": seconds[row],
-                              "seeds": outcomes}
-        print(f"{row:30} {seconds[row]:6.3f} s a step, scores "
-              + " ".join(f"{score:.3f}" for score in scores))
-    write_result(args.out or ROOT / "docs/results/distillation.json", found)
+    for row, step_s in seconds.items():
+        outcomes = outcomes_of(row, base)
+        found["rows"][row] = {"steps": outcomes[-1]["steps"], "step_s": step_s, "seeds": outcomes}
+    write_result(args, found)
 
 
 # ------------------------------------------------------------------------- ablation
@@ -277,18 +258,13 @@ def ablation_grid(args):
     side, context = cfg.data.size // 8, cfg.model.context_dim
     fast = denoising_seconds(nets, side, context, device)
     large = denoising_seconds(nets, 64, context, device)
-    found = {"config": args.config, "steps": cfg.steps, "batch": cfg.batch,
-             "nouns": cfg.data.nouns, "size": cfg.data.size, **provenance(cfg.seed), "rows": {}}
+    found = about_grid(args, cfg)
     for row, model in models.items():
         found["rows"][row] = {
             "params": count_params(nets[row]), "macs": count_macs(model, side, 16),
             "macs_512": count_macs(model, 64, 16), "step_s": fast[row], "step_512_s": large[row],
-            **outcome(base / row),
-        }
-        result = found["rows"][row]
-        print(f"{row:6} {result['params'] / 1e6:6.2f} M, {1e3 * fast[row]:.1f} ms a step, loss "
-              f"{result['val']:.4f}, score {result['scores']['mean']['score']:.3f}")
-    write_result(args.out or ROOT / "docs/results/ablation.json", found)
+            **outcome(base / row)}
+    write_result(args, found)
 
 
 def main(argv):
@@ -304,14 +280,16 @@ def main(argv):
     p.add_argument("--jobs", type=int, default=1, help="rows that train side by side")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=2, help="pictures a prompt")
-    p.add_argument("--out", help="JSON file; default: in docs/results")
+    p.add_argument("--out", default="runs", help="folder of the JSON file; docs/results has ours")
     args = p.parse_intermixed_args(argv)
     if args.grid == "ablation":
         args.config = args.config or "configs/ablation.toml"
         ablation_grid(args)
-    else:
-        args.config = args.config or "configs/kd_nano.toml"
-        distillation_grid(args)
+        return
+    args.config = args.config or "configs/kd_nano.toml"
+    if "alone" not in args.kd_rows:
+        raise UserError("--kd-rows needs 'alone', with which the others are compared")
+    distillation_grid(args)
 
 
 if __name__ == "__main__":

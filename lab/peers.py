@@ -1,7 +1,8 @@
 """The networks that lab.bench measures: ours at the paper's size, and its peers.
 
 `diffusers` builds the peers at their published sizes (only benchmarks and tests need it).
-Weights are random: time does not depend on them.
+Weights are random: time does not depend on them. Work is counted on the meta device: on CPU tensors
+PyTorch counts attention as nothing.
 
 B batch | C channels | L text tokens | D text width | size: pixels of the picture's side
 """
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from common import UserError
 from decoder import AutoencoderConfig, tiny_decoder
@@ -17,16 +19,12 @@ from model import PRESETS, UNet
 OURS_TOKENS, OURS_WIDTH = 333, 2304     # CLIP's 77 tokens and Gemma's 256, in Gemma's width
 
 SDXL = {
-    "block_out_channels": (320, 640, 1280),
+    "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
+    "attention_head_dim": (5, 10, 20), "cross_attention_dim": 2048, "use_linear_projection": True,
+    "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
     "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
 }
 DREAMLITE = {   # its layout, with our channels, text width and feed-forward width
     "in_channels": 16, "out_channels": 16, "block_out_channels": (256, 512, 896),
@@ -47,20 +45,18 @@ SD3 = {
     "attention_head_dim": 64, "num_attention_heads": 24, "joint_attention_dim": 4096,
     "caption_projection_dim": 1536, "pooled_projection_dim": 2048, "pos_embed_max_size": 192,
 }
-DC_AE_BLOCKS = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-DC_AE_SCALES = ((), (), (), (5,), (5,), (5,))
-DC_AE = {
-    "encoder_block_types": DC_AE_BLOCKS, "decoder_block_types": DC_AE_BLOCKS,
-    "encoder_qkv_multiscales": DC_AE_SCALES, "decoder_qkv_multiscales": DC_AE_SCALES,
-    "encoder_layers_per_block": (2, 2, 2, 3, 3, 3),
-    "downsample_block_type": "Conv", "upsample_block_type": "interpolate",
-}
+DC_AE = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in {
+    "block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "qkv_multiscales": ((), (), (), (5,), (5,), (5,))}.items()}
+DC_AE |= {"encoder_layers_per_block": (2, 2, 2, 3, 3, 3), "downsample_block_type": "Conv",
+          "upsample_block_type": "interpolate"}
 SD3_VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
 }
 
 
+# ------------------------------------------------------------------------- how each is called
 def call_plain(net, *inputs):
     return net(*inputs)
 
@@ -105,6 +101,26 @@ class Peer:
         if self.text is None:
             return (x,)
         return x, torch.full((B,), 0.5), torch.randn(B, *self.text)
+
+    def work(self, size: int, batch: int = 1) -> dict:
+        """Parameters, FLOPs (2 a multiply-add) and bytes of one call, counted on the meta device.
+
+        Bytes: inputs, outputs and weights of every module, in fp32, each moved once.
+        """
+        moved = []
+
+        def count(module, inputs, out):
+            tensors = (*inputs, out, *module.parameters())
+            moved.extend(4 * x.numel() for x in tensors if torch.is_tensor(x))
+
+        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            net = self.make()
+            for module in net.modules():
+                if not list(module.children()):
+                    module.register_forward_hook(count)
+            self.call(net, *self.inputs(size, batch))
+        params = sum(p.numel() for p in net.parameters())
+        return {"params": params, "flops": counter.get_total_flops(), "bytes": sum(moved)}
 
 
 def load_diffusers():
