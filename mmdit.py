@@ -1,12 +1,15 @@
-"""The teacher: SD3.5's MMDiT (Esser et al. 2024) in plain PyTorch. Text and image are two streams with weights of their own that attend jointly.
+"""The teacher: SD3.5's MMDiT (Esser et al. 2024), in plain PyTorch.
 
-Modules bear diffusers' names, so that `stabilityai/stable-diffusion-3.5-large` (and -medium, and -large-turbo) load as they are; small configs train
-from scratch on scenes (train.py, arch = "mmdit").
+Text and image are two streams with weights of their own that attend jointly. Modules bear the names
+of diffusers, so that `stabilityai/stable-diffusion-3.5-large` (-medium, -large-turbo) loads as it
+is; small configs train from scratch on scenes (train.py, arch = "mmdit").
 
-B batch | C latent channels | H W latent rows, columns | N = (H/2)(W/2) image tokens | L text tokens | D width | M = N + L
+B batch | C latent channels | H W latent rows, columns | p patch | h w = H/p, W/p | N = h * w
+L text tokens | M = N + L | D width | d width of a head
 """
-import json, math
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,42 +19,51 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
 from checkpoint import hub_folder
-from common import UserError, attention
+from common import UserError, attention, option
 
 
 @dataclass
 class MMDiTConfig:
     """The defaults are SD3.5-Large: 8.06 B parameters."""
-    in_channels: int = 16
-    patch: int = 2
-    layers: int = 38
-    heads: int = 38
-    head_dim: int = 64
-    context_dim: int = 4096         # of a text state: CLIP-L and CLIP-G padded, T5-XXL
-    pooled_dim: int = 2048          # of a text's one vector
-    base: int = 64                  # patches a side at which the position table has its unit step
-    position_max: int = 192         # its side; smaller grids are cut from the middle
+    in_channels: int = option(16, low=1)
+    patch: int = option(2, low=1)
+    layers: int = option(38, low=1)
+    heads: int = option(38, low=1)
+    head_dim: int = option(64, low=1)
+    context_dim: int = option(4096, low=1)      # of a text state: both CLIPs padded, T5-XXL
+    pooled_dim: int = option(2048, low=1)       # of a text's one vector
+    base: int = option(64, low=1)               # patches a side where a position's step is 1
+    position_max: int = option(192, low=1)      # side of the position table, of which small grids
+                                                # take the middle
     qk_norm: bool = True
-    dual: list[int] = field(default_factory=list)   # blocks with a second attention, over the image alone (SD3.5-Medium: 0 .. 12)
-    checkpoint: bool = False        # recompute activations in the backward pass
+    dual: list[int] = option([], low=0)         # blocks with a second attention, to the image alone
+    checkpoint: bool = False                    # recompute activations in the backward pass
 
+    def check(self):
+        if self.heads * self.head_dim % 4:
+            raise UserError("heads times head_dim must be a multiple of 4, for the position table")
+        if any(block >= self.layers for block in self.dual):
+            raise UserError(f"dual={self.dual} names blocks, but layers={self.layers}")
 
-MEDIUM = dict(layers=24, heads=24, position_max=384, dual=list(range(13)))   # SD3.5-Medium; SD3-Medium: no dual, no qk_norm, 192
+# SD3.5-Medium. SD3-Medium has no dual, no qk_norm, and a position_max of 192
+MEDIUM = dict(layers=24, heads=24, position_max=384, dual=list(range(13)))
 
-
-class RMSNorm(nn.Module):
-    def __init__(self, D):
+# ---------------------------------------------------------------------------- parts of a block
+class HeadNorm(nn.Module):
+    """RMSNorm of queries and keys, rounded as diffusers rounds it: before the gain."""
+    def __init__(self, d):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(D))
+        self.weight = nn.Parameter(torch.ones(d))
 
     def forward(self, x):
         y = x.float()
         return (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.weight
 
+def head_norm(cfg):
+    return HeadNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
 
 class Modulation(nn.Module):
-    """n shifts, scales or gates of a block from the condition: (B, D) -> n of (B, 1, D)."""
-
+    """Shifts, scales and gates of a block from the condition: (B, D) -> n of (B, 1, D)."""
     def __init__(self, D, n):
         super().__init__()
         self.n, self.linear = n, nn.Linear(D, n * D)
@@ -59,185 +71,225 @@ class Modulation(nn.Module):
     def forward(self, condition):
         return self.linear(F.silu(condition))[:, None].chunk(self.n, -1)
 
-
-class Attention(nn.Module):
-    """Over image tokens, and over text tokens jointly where the text's projections are there. The last block answers to the image alone."""
-
-    def __init__(self, cfg, text=True, text_out=True):
+class JointAttention(nn.Module):
+    """Attention of image tokens, jointly with text tokens where `text`. The last block
+    (text_out=False) answers to the image alone."""
+    def __init__(self, cfg: MMDiTConfig, text=True, text_out=True):
         super().__init__()
-        D, d, self.heads = cfg.heads * cfg.head_dim, cfg.head_dim, cfg.heads
-        norm = lambda: RMSNorm(d) if cfg.qk_norm else nn.Identity()
-        self.to_q, self.to_k, self.to_v, self.to_out = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D), nn.ModuleList([nn.Linear(D, D)])
-        self.norm_q, self.norm_k = norm(), norm()
+        D = cfg.heads * cfg.head_dim
+        self.heads = cfg.heads
+        self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(D, D)])
+        self.norm_q, self.norm_k = head_norm(cfg), head_norm(cfg)
         if text:
-            self.add_q_proj, self.add_k_proj, self.add_v_proj = nn.Linear(D, D), nn.Linear(D, D), nn.Linear(D, D)
-            self.norm_added_q, self.norm_added_k = norm(), norm()
+            self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(D, D) for _ in range(3))
+            self.norm_added_q, self.norm_added_k = head_norm(cfg), head_norm(cfg)
             self.to_add_out = nn.Linear(D, D) if text_out else None
 
+    def split(self, x):
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)            # (B, heads, tokens, d)
+
     def forward(self, x, context=None, mask=None):
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)              # (B, heads, tokens, d)
-        q, k, v = self.norm_q(split(self.to_q(x))), self.norm_k(split(self.to_k(x))), split(self.to_v(x))
-        if context is not None:
-            q = torch.cat([q, self.norm_added_q(split(self.add_q_proj(context)))], 2)    # (B, heads, M, d)
-            k = torch.cat([k, self.norm_added_k(split(self.add_k_proj(context)))], 2)
-            v = torch.cat([v, split(self.add_v_proj(context))], 2)
-        o = attention(q, k, v, mask).transpose(1, 2).flatten(2)  # (B, M, D)
+        """Image tokens (B, N, D), text tokens (B, L, D) -> the same, or the image's alone."""
         N = x.shape[1]
+        q = self.norm_q(self.split(self.to_q(x)))                           # (B, heads, N, d)
+        k = self.norm_k(self.split(self.to_k(x)))
+        v = self.split(self.to_v(x))
+        if context is not None:                                             # (B, heads, M, d) each
+            q = torch.cat([q, self.norm_added_q(self.split(self.add_q_proj(context)))], 2)
+            k = torch.cat([k, self.norm_added_k(self.split(self.add_k_proj(context)))], 2)
+            v = torch.cat([v, self.split(self.add_v_proj(context))], 2)
+        o = attention(q, k, v, mask).transpose(1, 2).flatten(2)             # (B, M, D)
         if context is None:
             return self.to_out[0](o)
-        return self.to_out[0](o[:, :N]), (self.to_add_out(o[:, N:]) if self.to_add_out is not None else None)
+        text = None if self.to_add_out is None else self.to_add_out(o[:, N:])
+        return self.to_out[0](o[:, :N]), text
 
-
-class FeedForward(nn.Module):
+class MLP(nn.Module):
     def __init__(self, D):
         super().__init__()
-        first, last = nn.Module(), nn.Linear(4 * D, D)
+        first = nn.Module()
         first.proj = nn.Linear(D, 4 * D)
-        self.net = nn.ModuleList([first, nn.Identity(), last])                           # diffusers' names: net.0.proj, net.2
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * D, D)])   # net.0.proj, net.2
 
     def forward(self, x):
         return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
 
-
-class Block(nn.Module):
-    def __init__(self, cfg, dual: bool, last: bool):
+class JointBlock(nn.Module):
+    def __init__(self, cfg: MMDiTConfig, dual: bool, last: bool):
         super().__init__()
-        D = self.D = cfg.heads * cfg.head_dim
+        D = cfg.heads * cfg.head_dim
         self.dual, self.last = dual, last
-        self.norm1, self.norm1_context = Modulation(D, 9 if dual else 6), Modulation(D, 2 if last else 6)
-        self.attn = Attention(cfg, text_out=not last)
+        self.norm1 = Modulation(D, 9 if dual else 6)
+        self.norm1_context = Modulation(D, 2 if last else 6)
+        self.attn = JointAttention(cfg, text_out=not last)
         if dual:
-            self.attn2 = Attention(cfg, text=False)
-        self.ff = FeedForward(D)
+            self.attn2 = JointAttention(cfg, text=False)
+        self.ff = MLP(D)
         if not last:
-            self.ff_context = FeedForward(D)
+            self.ff_context = MLP(D)
 
     def forward(self, x, context, condition, mask):
-        norm = lambda y: F.layer_norm(y, (self.D,), eps=1e-6)
-        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(condition)  # (B, 1, D) each
+        """Image and text tokens (B, N, D), (B, L, D) -> the same; the last block gives no text."""
+        shift, scale, gate, shift_ff, scale_ff, gate_ff, *second = self.norm1(condition)
+        c_shift, c_scale, *c_rest = self.norm1_context(condition)           # (B, 1, D) each
         if self.last:
-            c_scale, c_shift = self.norm1_context(condition)                             # in this order here
-        else:
-            c_shift, c_scale, c_gate, c_shift_ff, c_scale_ff, c_gate_ff = self.norm1_context(condition)
-        h = norm(x)
-        a, c = self.attn(h * (1 + scale) + shift, norm(context) * (1 + c_scale) + c_shift, mask)
+            c_shift, c_scale = c_scale, c_shift                             # SD3 swaps them here
+        h = layer_norm(x)
+        h_text = layer_norm(context) * (1 + c_scale) + c_shift
+        a, c = self.attn(h * (1 + scale) + shift, h_text, mask)
         x = x + gate * a
         if self.dual:
             shift2, scale2, gate2 = second
             x = x + gate2 * self.attn2(h * (1 + scale2) + shift2)
-        x = x + gate_ff * self.ff(norm(x) * (1 + scale_ff) + shift_ff)                   # (B, N, D)
+        x = x + gate_ff * self.ff(layer_norm(x) * (1 + scale_ff) + shift_ff)    # (B, N, D)
         if self.last:
             return x, None
+        c_gate, c_shift_ff, c_scale_ff, c_gate_ff = c_rest
         context = context + c_gate * c
-        return x, context + c_gate_ff * self.ff_context(norm(context) * (1 + c_scale_ff) + c_shift_ff)   # (B, L, D)
+        h_text = layer_norm(context) * (1 + c_scale_ff) + c_shift_ff
+        return x, context + c_gate_ff * self.ff_context(h_text)             # (B, L, D)
 
+def layer_norm(x):
+    return F.layer_norm(x, (x.shape[-1],), eps=1e-6)
 
 def position_table(D, side, base):
-    """(1, side^2, D): half of the channels for the column, half for the row; sines, then cosines (Vaswani et al. 2017). float64, then float32."""
+    """(1, side^2, D): sines, then cosines (Vaswani et al. 2017), of the column, then of the row."""
     omega = 10000.0 ** (-torch.arange(D // 4, dtype=torch.float64) / (D // 4))
     at = torch.arange(side, dtype=torch.float64) / (side / base)
-    angle = at[:, None] * omega                                                          # (side, D/4)
-    one = torch.cat([angle.sin(), angle.cos()], -1)                                      # (side, D/2)
-    return torch.cat([one[None].expand(side, -1, -1), one[:, None].expand(-1, side, -1)], -1).reshape(1, side * side, D).float()
+    angle = at[:, None] * omega                                             # (side, D/4)
+    axis = torch.cat([angle.sin(), angle.cos()], -1)                        # (side, D/2)
+    columns, rows = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
+    return torch.cat([columns, rows], -1).reshape(1, side * side, D).float()
 
+def two_linears(D_in, D_out):
+    """An embedder under diffusers' names; condition() puts the SiLU between."""
+    embedder = nn.Module()
+    embedder.linear_1 = nn.Linear(D_in, D_out)
+    embedder.linear_2 = nn.Linear(D_out, D_out)
+    return embedder
 
-def mlp(d_in, d_out):
-    m = nn.Module()
-    m.linear_1, m.linear_2 = nn.Linear(d_in, d_out), nn.Linear(d_out, d_out)
-    return m
+# ---------------------------------------------------------------------------- the network
+class MMDiT(nn.Module):
+    def __init__(self, cfg: MMDiTConfig):
+        super().__init__()
+        cfg.check()
+        D, p, side = cfg.heads * cfg.head_dim, cfg.patch, cfg.position_max
+        self.cfg, self.grain, self.largest = cfg, p, p * side   # a side's factor, a side's limit
+        self.pos_embed = nn.Module()
+        self.pos_embed.proj = nn.Conv2d(cfg.in_channels, D, p, p)
+        self.pos_embed.register_buffer("pos_embed", position_table(D, side, cfg.base))
+        self.time_text_embed = nn.Module()
+        self.time_text_embed.timestep_embedder = two_linears(256, D)
+        self.time_text_embed.text_embedder = two_linears(cfg.pooled_dim, D)
+        self.context_embedder = nn.Linear(cfg.context_dim, D)
+        self.transformer_blocks = nn.ModuleList(
+            JointBlock(cfg, i in cfg.dual, i == cfg.layers - 1) for i in range(cfg.layers))
+        self.norm_out = Modulation(D, 2)
+        self.proj_out = nn.Linear(D, p * p * cfg.in_channels)
+        self.init_weights()
 
+    @torch.no_grad()
+    def init_weights(self):
+        """All weights normal, std fan_in**-0.5; all biases 0. But proj_out and the modulations
+        start at 0 (adaLN-Zero: each block starts as nothing)."""
+        for m in self.modules():
+            if isinstance(m, (nn.Linear, nn.Conv2d)):
+                nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
+                nn.init.zeros_(m.bias)
+        for m in self.modules():
+            if isinstance(m, Modulation):
+                nn.init.zeros_(m.linear.weight)
+        nn.init.zeros_(self.proj_out.weight)
+
+    def condition(self, t, pooled):
+        """Times (B,) and pooled text states (B, pooled_dim) -> (B, D)."""
+        steps = torch.arange(128, device=t.device, dtype=torch.float32)
+        angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / 128 * steps)
+        sinusoids = torch.cat([angle.cos(), angle.sin()], -1).to(pooled.dtype)  # (B, 256)
+        time, text = self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder
+        from_time = time.linear_2(F.silu(time.linear_1(sinusoids)))
+        return from_time + text.linear_2(F.silu(text.linear_1(pooled)))
+
+    def positions(self, h, w):
+        """The middle h x w of the position table: (1, N, D)."""
+        side = self.cfg.position_max
+        top, left = (side - h) // 2, (side - w) // 2
+        table = self.pos_embed.pos_embed.unflatten(1, (side, side))
+        return table[:, top:top + h, left:left + w].flatten(1, 2)
+
+    def forward(self, x, t, context, mask=None, features=(), pooled=None):
+        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states
+        (B, L, context_dim), their mask (B, L), True for a real token (None: all are, as in SD3),
+        pooled (B, pooled_dim; None: the mean of the real tokens' states) -> velocity (B, C, H, W).
+        With features, names out of block0 .., also {name: (B, D, h, w)}. ValueError where a side is
+        no multiple of the patch or larger than the position table."""
+        B, p, (H, W) = len(x), self.cfg.patch, x.shape[2:]
+        if H % p or W % p or max(H, W) > self.largest:
+            raise ValueError(f"latent height and width must be multiples of {p}, {self.largest} "
+                             f"at most, got {H}x{W}")
+        h, w = H // p, W // p
+        if pooled is None:
+            seen = torch.ones_like(context[..., 0]) if mask is None else mask.to(context.dtype)
+            weight = seen[..., None]                                        # (B, L, 1)
+            pooled = (context * weight).sum(1) / weight.sum(1).clamp(min=1)
+        if mask is not None:                                                # image is always seen
+            mask = torch.cat([mask.new_ones(B, h * w), mask], 1)[:, None, None]     # (B, 1, 1, M)
+        condition = self.condition(t, pooled)                               # (B, D)
+        context = self.context_embedder(context)                            # (B, L, D)
+        x = self.pos_embed.proj(x).flatten(2).transpose(1, 2)               # (B, N, D)
+        x = x + self.positions(h, w).to(x.dtype)
+        taps = {}
+        for i, block in enumerate(self.transformer_blocks):
+            if self.cfg.checkpoint and torch.is_grad_enabled():
+                x, context = checkpoint(block, x, context, condition, mask, use_reentrant=False)
+            else:
+                x, context = block(x, context, condition, mask)
+            if f"block{i}" in features:
+                taps[f"block{i}"] = x.transpose(1, 2).unflatten(2, (h, w))  # (B, D, h, w)
+        scale, shift = self.norm_out(condition)
+        x = self.proj_out(layer_norm(x) * (1 + scale) + shift)              # (B, N, p*p*C)
+        x = x.view(B, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4)             # (B, C, h, p, w, p)
+        v = x.reshape(B, -1, H, W)
+        return (v, {name: taps[name] for name in features}) if features else v
+
+    @classmethod
+    def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
+        """From a directory in the hub's layout, or a hub id (gated: log in first), frozen. Built on
+        the meta device from mapped files, so memory holds the weights once. UserError names what is
+        missing or damaged."""
+        folder = hub_folder(source, "transformer")
+        cfg = sd3_config(folder)
+        with torch.device("meta"):
+            net = cls(cfg)
+        missing = set(net.state_dict())
+        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
+            try:
+                with safe_open(file, framework="pt", device=str(device)) as f:
+                    ours = missing.intersection(f.keys())
+                    state = {key: f.get_tensor(key).to(dtype) for key in ours}
+                net.load_state_dict(state, strict=False, assign=True)
+            except (SafetensorError, RuntimeError) as e:
+                why = str(e).splitlines()[-1].strip()
+                raise UserError(f"{file} is damaged or does not fit its config ({why}): download "
+                                "it again") from None
+            missing -= ours
+        if missing:
+            raise UserError(f"{folder} lacks {len(missing)} tensors, '{sorted(missing)[0]}' first: "
+                            "the download is incomplete")
+        return net.eval().requires_grad_(False)
 
 def sd3_config(folder: Path) -> MMDiTConfig:
     """From diffusers' config.json, in the folder or in its `transformer`."""
     folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
     try:
         raw = json.loads((folder / "config.json").read_text())
-        return MMDiTConfig(in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"], heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
-                           context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"], base=raw["sample_size"] // raw["patch_size"],
-                           position_max=raw["pos_embed_max_size"], qk_norm=raw.get("qk_norm") == "rms_norm", dual=list(raw.get("dual_attention_layers") or []))
+        return MMDiTConfig(
+            in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"],
+            heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
+            context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"],
+            base=raw["sample_size"] // raw["patch_size"], position_max=raw["pos_embed_max_size"],
+            qk_norm=raw.get("qk_norm") == "rms_norm",
+            dual=list(raw.get("dual_attention_layers") or []))
     except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder} has no config.json of an SD3 transformer ({e!r})")
-
-
-class MMDiT(nn.Module):
-    def __init__(self, cfg: MMDiTConfig):
-        super().__init__()
-        self.cfg, D, p = cfg, cfg.heads * cfg.head_dim, cfg.patch
-        self.pos_embed = nn.Module()
-        self.pos_embed.proj = nn.Conv2d(cfg.in_channels, D, p, p)
-        self.pos_embed.register_buffer("pos_embed", position_table(D, cfg.position_max, cfg.base))
-        self.time_text_embed = nn.Module()
-        self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder = mlp(256, D), mlp(cfg.pooled_dim, D)
-        self.context_embedder = nn.Linear(cfg.context_dim, D)
-        self.transformer_blocks = nn.ModuleList(Block(cfg, i in cfg.dual, i == cfg.layers - 1) for i in range(cfg.layers))
-        self.norm_out, self.proj_out = Modulation(D, 2), nn.Linear(D, p * p * cfg.in_channels)
-        self.init_weights()
-
-    @torch.no_grad()
-    def init_weights(self):
-        """Linears and the patch projection normal with std fan_in**-0.5, biases 0; zero: all modulations (adaLN-Zero: each block starts as
-        nothing) and proj_out."""
-        for m in self.modules():
-            if isinstance(m, (nn.Linear, nn.Conv2d)):
-                nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
-                nn.init.zeros_(m.bias)
-        for m in (*[m.linear for m in self.modules() if isinstance(m, Modulation)], self.proj_out):
-            nn.init.zeros_(m.weight)
-
-    def condition(self, t, pooled):
-        freqs = torch.exp(-math.log(10000) / 128 * torch.arange(128, device=t.device, dtype=torch.float32))
-        angle = 1000 * t.float()[:, None] * freqs                                        # (B, 128)
-        out = 0
-        for m, x in ((self.time_text_embed.timestep_embedder, torch.cat([angle.cos(), angle.sin()], -1).to(pooled.dtype)), (self.time_text_embed.text_embedder, pooled)):
-            out = out + m.linear_2(F.silu(m.linear_1(x)))
-        return out                                                                       # (B, D)
-
-    def forward(self, x, t, context, mask=None, features=(), pooled=None):
-        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states (B, L, context_dim), mask (B, L) True for a real token (SD3 uses
-        none), pooled (B, pooled_dim; None: the mean of the real tokens' states) -> velocity eps - x0 (B, C, H, W). With features, names out of
-        block0 .., also {name: (B, D, H/2, W/2)}. ValueError for a grid that the position table does not hold."""
-        cfg, p, (B, _, H, W) = self.cfg, self.cfg.patch, x.shape
-        h, w, side = H // p, W // p, cfg.position_max
-        if H % p or W % p or max(h, w) > side:
-            raise ValueError(f"latent height and width must be multiples of {p}, {p * side} at most, got {H}x{W}")
-        if pooled is None:
-            weight = torch.ones_like(context[..., :1]) if mask is None else mask[..., None].to(context.dtype)
-            pooled = (context * weight).sum(1) / weight.sum(1).clamp(min=1)
-        if mask is not None:                                                             # image tokens are always seen
-            mask = torch.cat([mask.new_ones(B, h * w), mask], 1)[:, None, None]          # (B, 1, 1, M)
-        condition, context = self.condition(t, pooled), self.context_embedder(context)
-        top, left = (side - h) // 2, (side - w) // 2
-        table = self.pos_embed.pos_embed.view(side, side, -1)[top:top + h, left:left + w].flatten(0, 1)
-        x, taps = self.pos_embed.proj(x).flatten(2).transpose(1, 2) + table.to(x.dtype), {}   # (B, N, D)
-        for i, block in enumerate(self.transformer_blocks):
-            if cfg.checkpoint and torch.is_grad_enabled():
-                x, context = checkpoint(block, x, context, condition, mask, use_reentrant=False)
-            else:
-                x, context = block(x, context, condition, mask)
-            if f"block{i}" in features:
-                taps[f"block{i}"] = x.transpose(1, 2).unflatten(2, (h, w))               # (B, D, h, w)
-        scale, shift = self.norm_out(condition)
-        x = self.proj_out(F.layer_norm(x, (x.shape[-1],), eps=1e-6) * (1 + scale) + shift)   # (B, N, p*p*C)
-        v = x.view(B, h, w, p, p, -1).permute(0, 5, 1, 3, 2, 4).reshape(B, -1, H, W)
-        return (v, {name: taps[name] for name in features}) if features else v
-
-    @classmethod
-    def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
-        """From a directory in the hub's layout, or a hub id such as stabilityai/stable-diffusion-3.5-large (gated: log in first). Built on the meta
-        device; the files are mapped, so memory holds the weights once. UserError names what is missing."""
-        folder = hub_folder(source, "transformer")
-        cfg = sd3_config(folder)
-        with torch.device("meta"):
-            net = cls(cfg)
-        wanted = set(net.state_dict())
-        try:
-            for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-                with safe_open(file, framework="pt", device=str(device)) as f:
-                    state = {k: f.get_tensor(k).to(dtype) for k in f.keys() if k in wanted}
-                net.load_state_dict(state, strict=False, assign=True)
-                wanted -= state.keys()
-        except (SafetensorError, RuntimeError) as e:
-            raise UserError(f"{file} is damaged or does not fit its config ({str(e).splitlines()[-1].strip()}): download it again")
-        if wanted:
-            raise UserError(f"{folder} lacks {len(wanted)} tensors, '{sorted(wanted)[0]}' first: the download is incomplete")
-        return net.eval().requires_grad_(False)
+        raise UserError(f"{folder} has no config.json of an SD3 transformer ({e!r})") from None
