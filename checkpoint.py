@@ -23,7 +23,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from common import ROOT, Log, UserError, anywhere, is_disk_full, mean_over, peak_memory
+from common import (
+    ROOT,
+    UserError,
+    anywhere,
+    clock,
+    is_disk_full,
+    mean_over,
+    peak_memory,
+    read_log,
+    short,
+    write_log,
+)
 from optim import EMA, Muon
 
 VERSION = "0.2.0"
@@ -290,11 +301,15 @@ class Run:
         if (self.out / "latest").exists():
             self.resume()
         self.start = self.step
-        self.csv = Log(self.out / "log.csv", cfg.steps, self.start, quiet=not self.main)
+        # rows after the checkpoint's step are about to be repeated
+        old = read_log(self.out / "log.csv") if self.start else []
+        self.rows = [row for row in old if int(row["step"]) <= self.start]
         self.seen = defaultdict(list)
         self.pictures = 0
         self.least = 0.0            # seconds a picture would take at the device's peak, for the MFU
-        self.clock = time.time()
+        self.begin = self.clock = time.time()
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
 
     def resume(self):
         config, state = load_checkpoint(self.out, list(self.parts))
@@ -344,10 +359,11 @@ class Run:
         return self.step % self.cfg.eval_every == 0 or self.step == self.cfg.steps
 
     def log(self, pictures: int = 0, learners=(), **values):
-        """Notes a step's values; every cfg.log_every steps their means become a row and a line.
+        """Notes a step's values; every cfg.log_every steps their means become a row and a line:
 
-        Tensors stay on the device until then. Vectors are columns k0, k1, .. of log.csv alone.
-        nan: no value in this step. Numbers are taken as they are.
+        `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`
+        Tensors stay on the device until then. Vectors are columns k0, k1, .. of log.csv alone
+        (nan: no value in this step). Numbers are taken as they are.
         """
         self.pictures += pictures * self.world
         for key, value in values.items():
@@ -355,26 +371,15 @@ class Run:
             self.seen[key].append(value.detach().float() if is_tensor else value)
         if self.step % self.cfg.log_every:
             return
-        row = {}
-        for key, noted in self.seen.items():
-            if not isinstance(noted[-1], torch.Tensor):
-                row[key] = noted[-1]
-                continue
-            mean = torch.stack(noted).nanmean(0)
-            if key == "loss":
-                mean = mean_over(mean, self.world)
-            if mean.ndim:
-                row |= {f"{key}{i}": x for i, x in enumerate(mean.tolist())}
-            else:
-                row[key] = mean.item()
-        vectors = [k for k, v in self.seen.items() if getattr(v[-1], "ndim", 0)]
-        shown = self.shown or [k for k in self.seen if k not in vectors]
+        row, scalars = self.means()
         if self.pictures:
             row["img/s"] = self.pictures / max(1e-9, time.time() - self.clock)
         if self.pictures and self.least:
             row["mfu"] = f"{100 * row['img/s'] * self.least:.0f}%"
         row["mem"] = f"{peak_memory(self.device):.1f}G"
-        self.csv(self.step, row, [*shown, "img/s", "mfu", "mem"])
+        self.row(**row)
+        if self.main:
+            self.print_line(row, [*(self.shown or scalars), "img/s", "mfu", "mem"])
         for learner in learners:
             trouble = learner.trouble()
             if trouble and self.main:
@@ -382,9 +387,35 @@ class Run:
         self.seen.clear()
         self.restart_clock()
 
+    def means(self) -> tuple[dict, list[str]]:
+        """(a row of what was noted since the last line, its keys that are scalars)."""
+        row, scalars = {}, []
+        for key, noted in self.seen.items():
+            value = noted[-1]
+            if isinstance(value, torch.Tensor):
+                value = torch.stack(noted).nanmean(0)
+                if key == "loss":
+                    value = mean_over(value, self.world)
+                value = value.tolist()
+            if isinstance(value, list):
+                row |= {f"{key}{i}": x for i, x in enumerate(value)}
+            else:
+                row[key] = value
+                scalars.append(key)
+        return row, scalars
+
+    def print_line(self, row: dict, keys):
+        total = self.cfg.steps
+        left = (time.time() - self.begin) / max(1, self.step - self.start) * (total - self.step)
+        parts = [f"step {self.step}/{total} ({100 * self.step // total}%)"]
+        parts += [f"{k} {short(k, row[k])}" for k in keys if k in row]
+        print(" | ".join([*parts, f"eta {clock(left)}"]), flush=True)
+
     def row(self, **values):
         """A row of log.csv that is not printed, such as a validation's."""
-        self.csv(self.step, values)
+        if self.main:
+            self.rows.append({"step": self.step, **values})
+            write_log(self.out / "log.csv", self.rows)
 
     def restart_clock(self):
         """Call it after an evaluation, whose time is not training's."""

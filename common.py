@@ -129,15 +129,14 @@ def check_range(value, allowed, name: str, where: str):
 
 def check_config(cfg, where: str = "config"):
     """Calls check() of a config and of the configs in it: do the fields fit together?"""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
+    for value in vars(cfg).values():
         if dataclasses.is_dataclass(value):
             check_config(value, where)
-    if hasattr(cfg, "check"):
-        try:
+    try:
+        if hasattr(cfg, "check"):
             cfg.check()
-        except UserError as e:
-            raise UserError(f"{where}: {e}") from None
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from None
     return cfg
 
 
@@ -316,49 +315,6 @@ def provenance(seed: int = 0) -> dict:
 
 
 # ---------------------------------------------------------------------------- log
-class Log:
-    """Prints the log line and keeps all rows in a CSV file.
-
-    `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`
-    Rows after `start` were written before an interruption and are about to be repeated: dropped.
-    """
-
-    def __init__(self, path, total: int, start: int = 0, quiet: bool = False):
-        self.path = Path(path)
-        self.total = total
-        self.first = start
-        self.begin = time.time()
-        self.quiet = quiet
-        self.rows = []
-        if not quiet:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            if start:
-                self.rows = [r for r in read_log(self.path) if int(r["step"]) <= start]
-            self.write()
-
-    def write(self):
-        fields = list(dict.fromkeys(k for row in self.rows for k in row))
-        temporary = self.path.with_suffix(".tmp")
-        with open(temporary, "w", newline="", encoding="utf-8") as f:
-            writer = csv.DictWriter(f, fields)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(temporary, self.path)
-
-    def __call__(self, step: int, values: dict, shown=()):
-        """Adds a row; prints those values whose key is in `shown`."""
-        if self.quiet:
-            return
-        self.rows.append({"step": step, **values})
-        self.write()
-        if shown:
-            done = max(1, step - self.first)
-            left = (time.time() - self.begin) / done * (self.total - step)
-            parts = [f"step {step}/{self.total} ({100 * step // self.total}%)"]
-            parts += [f"{k} {short(k, values[k])}" for k in shown if k in values]
-            print(" | ".join(parts + [f"eta {clock(left)}"]), flush=True)
-
-
 def read_log(path) -> list[dict]:
     """Rows of a log.csv; [] where there is none. A row without a step (cut short) is dropped."""
     path = Path(path)
@@ -368,7 +324,18 @@ def read_log(path) -> list[dict]:
         return [row for row in csv.DictReader(f) if (row.get("step") or "").isdigit()]
 
 
+def write_log(path: Path, rows: list[dict]):
+    """All rows of a log.csv, whose columns are all keys in order of appearance."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "w", newline="", encoding="utf-8") as f:
+        writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)
+
+
 def short(key: str, value) -> str:
+    """A value as the log line shows it."""
     if not isinstance(value, float):
         return str(value)
     if key == "lr":
