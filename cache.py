@@ -21,7 +21,6 @@ import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
@@ -30,13 +29,12 @@ from tqdm import tqdm
 
 from checkpoint import write_whole
 from common import UserError, setup
-from data import Batch, seeded
+from data import Batch, autoencoder_fingerprint, seeded, whose_turn
 from decoder import encode_pictures, load_autoencoder
-from pictures import Item, Place, Prepared, find_pictures
+from pictures import Prepared, find_pictures, listing_key
 from text import (
     Text,
     TextConfig,
-    Vocabulary,
     drop_encoders,
     join_texts,
     load_encoders,
@@ -47,19 +45,9 @@ from text import (
 
 PIXELS = 2**21              # encoded at a time: two pictures of 1024 px, 512 of 64 px
 CAPTIONS = 32               # of the text encoders, at a time
-TAIL = 4096                 # bytes of a picture that are hashed: its end changes with any edit
 
 
 # ---------------------------------------------------------------------------- what it was made with
-def autoencoder_fingerprint(ae) -> str:
-    """A name for an autoencoder's latents: a hash of its encoder's weights, its scale and shift."""
-    sha = hashlib.sha256(json.dumps([ae.cfg.scale, ae.cfg.shift]).encode())
-    for name, x in ae.encoder.state_dict().items():
-        sha.update(name.encode())
-        sha.update(x.float().cpu().contiguous().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
-
 def cache_settings(cfg, ae) -> dict:
     d, text = cfg.data, cfg.text
     made_with = {
@@ -73,40 +61,21 @@ def cache_settings(cfg, ae) -> dict:
     return made_with
 
 
-def listing_key(items: list[Item]) -> str:
-    """A hash of what is in a folder: names, sizes and ends of pictures, captions as they are."""
-    sha = hashlib.sha256()
-    for item in items:
-        picture, caption, size = b"", item.caption, 0
-        with contextlib.suppress(OSError):      # a file that cannot be read is skipped later
-            if item.picture:
-                size = item.picture.size
-                end = min(size, TAIL)
-                picture = item.picture._replace(
-                    offset=item.picture.offset + size - end, size=end).read()
-            if isinstance(caption, Place):
-                caption = caption.read()
-        sha.update(repr((item.name, size, picture, caption)).encode())
-    return sha.hexdigest()[:16]
-
-
-def read_state(cfg, ae=None) -> dict | None:
-    """cache.json; None where there is none. UserError where it was made with other settings.
-    Without the autoencoder nothing is compared."""
-    path = Path(cfg.data.cache) / "cache.json"
+def read_state(root: Path, settings: dict) -> dict | None:
+    """cache.json; None where there is none. UserError where it was made with other settings."""
+    path = root / "cache.json"
     if not path.exists():
         return None
-    wanted = cache_settings(cfg, ae) if ae else {}
     try:
         state = json.loads(path.read_text())
-        wrong = [(k, state["settings"].get(k), v) for k, v in wanted.items()
-                 if state["settings"].get(k) != v]
+        was = {k: state["settings"].get(k) for k in settings}
     except (ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{path} is damaged ({e}): delete the directory and make the cache "
                         "again") from None
-    for key, was, now in wrong:
-        raise UserError(f"{cfg.data.cache} was made with {key}={was}, the config says {now}: give "
-                        "another data.cache, or delete it and make it again")
+    for k, now in settings.items():
+        if was[k] != now:
+            raise UserError(f"{root} was made with {k}={was[k]}, the config says {now}: give "
+                            "another data.cache, or delete it and make it again")
     return state
 
 
@@ -119,43 +88,36 @@ def make_cache(cfg, teacher_text: TextConfig | None = None):
     device, rank, world = setup(cfg.device)
     root, start = Path(cfg.data.cache), time.time()
     items, ae, state = begin(cfg, device, rank)
-    shards = range(state["shards"])
-    there = sum(shard_path(root, k).exists() for k in shards)
-    if rank == 0 and 0 < there < len(shards):
-        print(f"{root}: {there} of {len(shards)} shards are there already, going on", flush=True)
-    mine = [k for k in shards if k % world == rank and not is_whole(shard_path(root, k))]
-    lacks_empty = cfg.text.kind != "own" and rank == 0 and not is_whole(root / "empty.safetensors")
-    encode = None
-    if cfg.text.kind != "own" and (mine or lacks_empty):
-        encode = load_encoders(cfg.text, device)
+    shards, empty = state["shards"], root / "empty.safetensors"
+    there = sum(shard_path(root, k).exists() for k in range(shards))
+    if rank == 0 and 0 < there < shards:
+        print(f"{root}: {there} of {shards} shards are there already, going on", flush=True)
+    mine = [k for k in range(rank, shards, world) if not is_whole(shard_path(root, k))]
+    frozen = cfg.text.kind != "own"
+    lacks_empty = frozen and rank == 0 and not is_whole(empty)
+    encode = load_encoders(cfg.text, device) if frozen and (mine or lacks_empty) else None
     if lacks_empty:
-        empty = text_tensors(encode, [""])
-        write_whole(root / "empty.safetensors", lambda p: save_file(empty, p))
+        tensors = text_tensors(encode, [""])
+        write_whole(empty, lambda p: save_file(tensors, p))
     n, size = write_shards(cfg, items, mine, ae, encode, device, rank > 0)
     if encode:
         encode.release()
     seconds = time.time() - start
     if teacher_text:
-        barrier()
-        add_teacher_states(root, teacher_text, device, rank, world, len(shards))
-    barrier()
+        add_teacher_states(root, teacher_text, device, rank, world, shards)
+    if world > 1:
+        dist.barrier()
     mapped.cache_clear()
     if rank > 0:
         return
     finish(cfg, state)
     if n:
-        whose = f" (this process of {world})" if world > 1 else ""
-        print(f"{n} pictures in {seconds:.1f} s: {n / seconds:.1f} pictures/s, "
-              f"{size / seconds / 1e6:.2f} MB/s read{whose}", flush=True)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
+        print(f"{n} pictures in {seconds:.1f} s on one process: {n / seconds:.1f} pictures/s, "
+              f"{size / seconds / 1e6:.2f} MB/s read", flush=True)
 
 
 def begin(cfg, device, rank: int):
-    """(listing, autoencoder, what cache.json says). Checks everything before the work begins."""
+    """(listing, autoencoder, what cache.json says). Checks all before the work begins."""
     d, root = cfg.data, Path(cfg.data.cache)
     if not d.folder:
         raise UserError("data.folder is not set: set it to your pictures")
@@ -167,24 +129,22 @@ def begin(cfg, device, rank: int):
                         f"{grain} pixels")
     d.check()
     items = find_pictures(d.folder)
-    if not items:
-        raise UserError(f"no pictures in '{d.folder}': it wants x.jpg, .jpeg, .png or .webp with "
-                        "captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
     ae = load_autoencoder(cfg.ae, device)
-    old, listing = read_state(cfg, ae), listing_key(items)
+    settings, listing = cache_settings(cfg, ae), listing_key(items)
+    old = read_state(root, settings)
     if old and old["listing"] != listing:
         raise UserError(f"{d.cache} was made of other pictures or captions than '{d.folder}' holds "
                         "now: give another data.cache, or delete it and make it again")
-    state = {"settings": cache_settings(cfg, ae), "listing": listing, "files": len(items),
+    state = {"settings": settings, "listing": listing, "files": len(items),
              "shards": -(-len(items) // d.shard), "done": False}
-    barrier()                                   # all have looked before one writes
+    if dist.is_initialized():
+        dist.barrier()                          # all have looked before one writes
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("*.tmp*"):    # of a process that was killed
             leftover.unlink()
         if not old:
             write_state(root, state)
-    barrier()
     return items, ae, state
 
 
@@ -198,11 +158,11 @@ def shard_path(root: Path, k: int, prefix: str = "") -> Path:
 
 def is_whole(path: Path) -> bool:
     """False where a file is missing or damaged; a damaged one is deleted, and that is said."""
-    if not path.exists():
-        return False
     try:
         with safe_open(path, "pt"):
             return True
+    except FileNotFoundError:
+        return False
     except SafetensorError as e:
         print(f"{path} is damaged ({e}): making it again", flush=True)
         path.unlink()
@@ -215,8 +175,8 @@ def write_shards(cfg, items, mine, ae, encode, device, quiet: bool) -> tuple[int
     todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
     loader = torch.utils.data.DataLoader(Prepared([items[i] for i in todo], d), batch_size=None,
                                          num_workers=d.workers if todo else 0)
-    what = f"read and encode {d.folder}"
-    with tqdm(total=len(todo), desc=what, unit="picture", disable=quiet) as bar:
+    with tqdm(total=len(todo), desc=f"read and encode {d.folder}", unit="picture",
+              disable=quiet or not todo) as bar:
         for i, (picture, words, n) in zip(todo, loader, strict=True):
             rows.append((items[i].name, picture, words))
             size += n
@@ -267,9 +227,8 @@ def text_tensors(encode, captions: list[str], prefix: str = "") -> dict[str, tor
 def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: int, shards: int):
     """Adds the states of a teacher's encoders beside each shard that lacks them: pictures are
     neither read nor encoded again."""
-    files = {}                                  # path: {bucket: [(name, caption), ..]}
-    for k in range(rank, shards, world):
-        files[shard_path(root, k, "sd3-")] = read_shard(root, k)["buckets"]
+    files = {shard_path(root, k, "sd3-"): read_shard(root, k)["buckets"]
+             for k in range(rank, shards, world)}
     if rank == 0:
         files[root / "sd3-empty.safetensors"] = {}
     todo = {path: members for path, members in files.items()
@@ -281,8 +240,8 @@ def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: in
             text = encoders(captions)
             return text._replace(mask=torch.ones_like(text.mask))   # SD3 reads its padding too
 
-        what = "states of the teacher's text encoders"
-        for path, members in tqdm(todo.items(), what, unit="shard", disable=rank > 0):
+        for path, members in tqdm(todo.items(), "states of the teacher's text encoders",
+                                  unit="shard", disable=rank > 0):
             tensors = {} if members else text_tensors(encode, [""])
             for key, rows in members.items():
                 tensors |= text_tensors(encode, [caption for _, caption in rows], f"{key}.")
@@ -326,9 +285,9 @@ def finish(cfg, state: dict):
     write_state(root, {**state, "done": True, "pictures": n, "skipped": len(skipped),
                        "buckets": shapes})
     reasons = Counter(why.split(":")[0] for _, why in skipped).most_common()
-    listed = f"({', '.join(f'{m} {why}' for why, m in reasons)}), listed in {path}"
-    print(f"{root}: {n} pictures, " + (f"{len(skipped)} skipped {listed}" if skipped
-                                       else "none skipped"))
+    why = ", ".join(f"{m} {reason}" for reason, m in reasons)
+    listed = f"{len(skipped)} skipped ({why}), listed in {path}" if skipped else "none skipped"
+    print(f"{root}: {n} pictures, {listed}")
     print("buckets, height x width: " + ", ".join(f"{k} {m}" for k, m in shapes.items()))
     if long:
         print(f"{long} captions have more than text.max_tokens={cfg.text.max_tokens} tokens: "
@@ -351,17 +310,19 @@ def read_shard(root: Path, k: int) -> dict:
                         "with --cache, which makes it again") from None
 
 
-def name_hash(name: str) -> str:
-    return hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
+def name_hash(name: str) -> int:
+    """32 bits."""
+    sha = hashlib.sha256(name.encode(errors="surrogateescape"))
+    return int(sha.hexdigest()[:8], 16)
 
 
-def open_cache(cfg, ae=None, teacher_text: TextConfig | None = None,
-               vocabulary: Vocabulary | None = None):
+def open_cache(cfg, ae=None, teacher_text: TextConfig | None = None, vocabulary=None):
     """(pictures to train on, pictures held out by a hash of their names, at least one).
 
     Without the autoencoder: whatever the cache was made with. teacher_text: the states of these
-    encoders are wanted too. vocabulary: of the small text encoder, by default that of assets/."""
-    root, state = Path(cfg.data.cache), read_state(cfg, ae)
+    encoders are wanted too. vocabulary: by default that of assets/."""
+    root = Path(cfg.data.cache)
+    state = read_state(root, cache_settings(cfg, ae) if ae else {})
     if not state or not state["done"]:
         lack = "not whole yet" if state else "not there"
         raise UserError(f"the cache {root} is {lack}: run the same command with --cache first")
@@ -370,14 +331,14 @@ def open_cache(cfg, ae=None, teacher_text: TextConfig | None = None,
         buckets = read_shard(root, k)["buckets"]
         if teacher_text:
             lacking += states_of(shard_path(root, k, "sd3-")) != states_key(teacher_text, buckets)
-        for bucket, members in buckets.items():
-            rows += [(name, bucket, (k, i, caption)) for i, (name, caption) in enumerate(members)]
+        rows += [(name, bucket, (k, i, caption)) for bucket, members in buckets.items()
+                 for i, (name, caption) in enumerate(members)]
     if lacking:
         raise UserError(f"the cache {root} lacks the teacher's text states of {lacking} of "
                         f"{state['shards']} shards, or has those of other encoders: run the same "
                         "command with --cache, which adds them and encodes no picture again")
     below = cfg.data.held_out * 2**32
-    held_out = {name for name, *_ in rows if int(name_hash(name)[:8], 16) < below}
+    held_out = {name for name, *_ in rows if name_hash(name) < below}
     held_out = held_out or {min((name for name, *_ in rows), key=name_hash)}
     sides = defaultdict(list), defaultdict(list)        # {bucket: [(shard, row, caption), ..]}
     for name, bucket, row in rows:
@@ -402,15 +363,14 @@ class CachedPictures:
 
     rows: {bucket: [(shard, row, caption), ..]}"""
 
-    def __init__(self, cfg, rows: dict, vocabulary: Vocabulary, teacher: bool = False):
+    def __init__(self, cfg, rows: dict, vocabulary, teacher: bool = False):
         self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), rows
         self.vocabulary = vocabulary
         self.teachers_empty = empty_caption(cfg, "sd3-") if teacher else None
         self.empty = None if cfg.text.kind == "own" else empty_caption(cfg)
         if self.empty and self.empty.emb.shape[2] != cfg.text.width:
-            raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide: set "
-                            "text.width and the network's context_dim to that (now "
-                            f"{cfg.text.width})")
+            raise UserError(f"the cache's text states are {self.empty.emb.shape[2]} wide, "
+                            f"text.width is {cfg.text.width}: set it and the context_dim to that")
 
     def __len__(self):
         return sum(map(len, self.rows.values()))
@@ -440,9 +400,10 @@ class CachedPictures:
         if not self.empty:
             captions = ["" if d else c for d, (_, _, c) in zip(drop, rows, strict=True)]
             return self.vocabulary.tokenize(captions, self.cfg.text.max_tokens, cut=True)
-        text = self.states(self.empty, bucket, rows, drop)
-        pooled = self.cfg.arch == "mmdit" and text.pooled is not None
-        return Text(text.emb.float(), text.mask, text.pooled.float() if pooled else None)
+        emb, mask, pooled = self.states(self.empty, bucket, rows, drop)
+        if self.cfg.arch != "mmdit" or pooled is None:
+            return Text(emb.float(), mask)
+        return Text(emb.float(), mask, pooled.float())
 
     def states(self, empty: Text, bucket: str, rows, drop, prefix: str = "") -> Text:
         """Cached states in fp16; prefix "sd3-": the teacher's."""
@@ -471,8 +432,7 @@ class CachedPictures:
         by_bucket = defaultdict(list)
         for bucket, row in (rows * -(-n // len(rows)))[:n]:
             by_bucket[bucket].append(row)
-        return [(self.latents(b, rows), self.words(b, rows)) for b, rows in
-                sorted(by_bucket.items())]
+        return [(self.latents(b, some), self.words(b, some)) for b, some in by_bucket.items()]
 
     def batch(self, k: int) -> Batch:
         """Micro-batch number k of the whole run, a function of the seed and k. All micro-batches of
@@ -492,33 +452,3 @@ class CachedPictures:
         if self.teachers_empty:
             theirs = self.states(self.teachers_empty, bucket, rows, drop, "sd3-")
         return Batch(self.latents(bucket, rows), words, theirs)
-
-
-@functools.lru_cache(256)
-def shuffled(n: int, *seed) -> np.ndarray:
-    digest = hashlib.sha256(repr(seed).encode()).hexdigest()
-    return torch.randperm(n, generator=seeded(int(digest[:15], 16))).numpy()
-
-
-def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[int]]:
-    """Global batch k -> its bucket, and places in that bucket. sizes: ((bucket, pictures), ..).
-
-    Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches.
-    Nothing is dropped or repeated at an epoch's end, even in a bucket smaller than a batch, whose
-    turn then comes every few epochs. Before epoch e bucket b had floor(e n_b / batch) turns; those
-    of an epoch come in an order drawn from (seed, epoch)."""
-    def before(epoch):
-        return [epoch * n // batch for _, n in sizes]
-
-    epoch = k * batch // sum(n for _, n in sizes)       # or later: the floors delay
-    while sum(before(epoch + 1)) <= k:
-        epoch += 1
-    had, then = before(epoch), before(epoch + 1)
-    turns = np.repeat(np.arange(len(sizes)), [b - a for a, b in zip(had, then, strict=True)])
-    turns = turns[shuffled(len(turns), seed, epoch)]
-    turn = k - sum(had)
-    b = turns[turn]
-    bucket, n = sizes[b]
-    first = (had[b] + int((turns[:turn] == b).sum())) * batch
-    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in
-                    range(first, first + batch)]

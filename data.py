@@ -10,6 +10,7 @@
 Scenes are drawn by scenes.py; your own pictures are read by pictures.py and cache.py.
 B batch | C latent channels | L tokens | H W pixels.
 """
+import functools
 import hashlib
 import json
 import random
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError
@@ -125,6 +127,36 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)      # PyTorch takes no larger ones
 
 
+@functools.lru_cache(256)
+def shuffled(n: int, *seed) -> np.ndarray:
+    digest = hashlib.sha256(repr(seed).encode()).hexdigest()
+    return torch.randperm(n, generator=seeded(int(digest[:15], 16))).numpy()
+
+
+def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[int]]:
+    """Global batch k -> its bucket, and places in that bucket. sizes: ((bucket, pictures), ..).
+
+    Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches.
+    Nothing is dropped or repeated at an epoch's end, even in a bucket smaller than a batch, whose
+    turn then comes every few epochs. Before epoch e bucket b had floor(e n_b / batch) turns; those
+    of an epoch come in an order drawn from (seed, epoch)."""
+    def before(epoch):
+        return [epoch * n // batch for _, n in sizes]
+
+    epoch = k * batch // sum(n for _, n in sizes)       # or later: the floors delay
+    while sum(before(epoch + 1)) <= k:
+        epoch += 1
+    had, then = before(epoch), before(epoch + 1)
+    turns = np.repeat(np.arange(len(sizes)), [b - a for a, b in zip(had, then, strict=True)])
+    turns = turns[shuffled(len(turns), seed, epoch)]
+    turn = k - sum(had)
+    b = turns[turn]
+    bucket, n = sizes[b]
+    first = (had[b] + int((turns[:turn] == b).sum())) * batch
+    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in
+                    range(first, first + batch)]
+
+
 # ---------------------------------------------------------------------------- scenes on disk
 WORDINGS = 8                    # of each scene's caption
 
@@ -135,7 +167,7 @@ def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
 
 def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 0) -> torch.Tensor:
     """Latents of the first n scenes, fp16 (n, C, size/8, size/8): read, or made and kept.
-    ae_key: cache.autoencoder_fingerprint(ae), so that another autoencoder makes another file."""
+    ae_key: autoencoder_fingerprint(ae), so that another autoencoder makes another file."""
     n = n or cfg.pictures
 
     def make():
@@ -203,6 +235,15 @@ def content_key(cfg: DataConfig, *more) -> str:
     files = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sprites if p.exists()]
     what = [code, files, cfg.nouns, cfg.layout, cfg.seed, *more]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+
+def autoencoder_fingerprint(ae) -> str:
+    """A name for an autoencoder's latents: a hash of its encoder's weights, its scale and shift."""
+    sha = hashlib.sha256(json.dumps([ae.cfg.scale, ae.cfg.shift]).encode())
+    for name, x in ae.encoder.state_dict().items():
+        sha.update(name.encode())
+        sha.update(x.float().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------- command line

@@ -5,7 +5,9 @@ x.txt, or in captions.jsonl ({"file": .., "caption": ..}) or metadata.jsonl ({"f
 "text": ..}), or in x.json ({"caption": ..}); and tar files of such pairs, as webdataset has them.
 What cannot be used is skipped, and listed in the cache's skipped.txt with the reason.
 """
+import contextlib
 import functools
+import hashlib
 import io
 import json
 import posixpath
@@ -37,6 +39,10 @@ class Place(NamedTuple):
             f.seek(self.offset)
             return f.read(self.size)
 
+    def tail(self, n: int = 4096) -> bytes:
+        n = min(n, self.size)
+        return self._replace(offset=self.offset + self.size - n, size=n).read()
+
 
 class Item(NamedTuple):
     name: str
@@ -56,8 +62,14 @@ def find_pictures(folder: str) -> list[Item]:
     if not root.exists():
         raise UserError(f"no folder of pictures at '{folder}': set data.folder to a directory of "
                         "x.jpg + x.txt, or to a tar")
-    if root.is_file():
-        return list_tar(root, root.name)
+    items = list_tar(root, root.name) if root.is_file() else list_folder(root)
+    if not items:
+        raise UserError(f"no pictures in '{folder}': it wants x.jpg, .jpeg, .png or .webp with "
+                        "captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
+    return items
+
+
+def list_folder(root: Path) -> list[Item]:
     files = visible_files(root)
     captions, items = read_jsonl(files)
     items += [Item(name, reason="no picture: a jsonl names it, but there is no such file")
@@ -146,6 +158,19 @@ def list_tar(path: Path, name: str) -> list[Item]:
         elif suffix in OTHERS:
             items.append(other_format(f"{name}/{member}", suffix))
     return items + broken
+
+
+def listing_key(items: list[Item]) -> str:
+    """A hash of what is in a folder: names, sizes and ends of pictures, captions as they are."""
+    sha = hashlib.sha256()
+    for item in items:
+        picture, caption, end = item.picture, item.caption, b""
+        with contextlib.suppress(OSError):      # a file that cannot be read is skipped later
+            if isinstance(caption, Place):
+                caption = caption.read()
+            end = picture.tail() if picture else b""
+        sha.update(repr((item.name, picture and picture.size, end, caption)).encode())
+    return sha.hexdigest()[:16]
 
 
 def caption_of(item: Item) -> str:

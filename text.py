@@ -101,12 +101,9 @@ class Vocabulary:
 
     def shorten(self, caption: str, max_tokens: int) -> str:
         """The longest beginning of the caption, in whole words, that fits in max_tokens."""
-        words = caption.split()
-        if len(self.ids_of(caption)) <= max_tokens:
-            return caption
-        while len(self.ids_of(" ".join(words))) > max_tokens:
-            words.pop()
-        return " ".join(words)
+        while len(self.ids_of(caption)) > max_tokens:
+            caption = " ".join(caption.split()[:-1])
+        return caption
 
     def spell(self, ids) -> str:
         """The caption that these ids spell, without <end> and <pad>."""
@@ -268,10 +265,9 @@ class Encoders:
         names = SETS.get(cfg.kind, ())
         unknown = set(cfg.leave_out) - set(names)
         if not names or unknown or cfg.dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(
-                f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), leave_out "
-                f"{cfg.leave_out} (some of {', '.join(names)}), dtype '{cfg.dtype}' "
-                "(auto, bfloat16, float32)")
+            raise UserError(f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), "
+                            f"leave_out {cfg.leave_out} (some of {', '.join(names)}), dtype "
+                            f"'{cfg.dtype}' (auto, bfloat16, float32)")
         self.cfg = cfg
         self.device = pick_device(device) if isinstance(device, str) else device
         exact = cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu")
@@ -284,9 +280,8 @@ class Encoders:
         self.pooled_dims |= {n: configs[n].projection_dim for n in names[:2] if n in configs}
         _, self.length, _, self.width = self.parts[names[-1]]
         if cfg.width != self.width:
-            raise UserError(
-                f"text encoders '{cfg.kind}' give states of width {self.width}: set text.width="
-                f"{self.width} (and the network's context_dim), it is {cfg.width}")
+            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}: set "
+                            f"text.width to that (and the context_dim), it is {cfg.width}")
 
     def load(self, name: str):
         """(tokenizer, model) of one encoder. UserError says in one line what to download."""
@@ -426,9 +421,8 @@ def drop_encoders(text: Text, parts: dict, generator: torch.Generator, p: float 
 # ---------------------------------------------------------------------------- command line
 def print_sizes():
     for name, s in SOURCES.items():
-        place = f"{s.hub}/{s.inside}".rstrip("/")
         print(f"{name:7}{s.parameters:14,} parameters, {2 * s.parameters / 1e9:5.2f} GB at 2 bytes "
-              f"each: {place} ({s.license})")
+              f"each: {s.hub} {s.inside} ({s.license})")
     for kind, names in SETS.items():
         print(f"{kind:8} in all {sum(2 * SOURCES[n].parameters for n in names) / 1e9:.2f} GB")
 
@@ -436,7 +430,7 @@ def print_sizes():
 def main(argv):
     if argv == ["--train-bpe"]:
         from scenes import Scenes
-        scenes = Scenes(split="train")
+        scenes = Scenes()
         captions = [scenes.caption(scenes.scene(i), random.Random(i)) for i in range(20000)]
         VOCABULARY.write_bytes(train_bpe(captions, 1024))
         print(f"{VOCABULARY}: {load_vocabulary().end} tokens")
