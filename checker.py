@@ -37,8 +37,8 @@ def conv_norm_silu(C_in, C_out, stride=1):
 class CheckerBlock(nn.Module):
     def __init__(self, C):
         super().__init__()
-        conv = nn.Conv2d(C, C, 3, padding=1, bias=False)
-        self.body = nn.Sequential(conv_norm_silu(C, C), conv, nn.BatchNorm2d(C))
+        self.body = nn.Sequential(
+            conv_norm_silu(C, C), nn.Conv2d(C, C, 3, padding=1, bias=False), nn.BatchNorm2d(C))
         nn.init.zeros_(self.body[-1].weight)
 
     def forward(self, x):
@@ -56,8 +56,8 @@ class Checker(nn.Module):
         super().__init__()
         self.stem = nn.Sequential(conv_norm_silu(3, 32), conv_norm_silu(32, 48, 2))
         self.high = nn.Sequential(conv_norm_silu(48, 96, 2), CheckerBlock(96), CheckerBlock(96))
-        blocks = [CheckerBlock(128) for _ in range(3)]
-        self.low = nn.Sequential(conv_norm_silu(96, 128, 2), *blocks)
+        self.low = nn.Sequential(
+            conv_norm_silu(96, 128, 2), CheckerBlock(128), CheckerBlock(128), CheckerBlock(128))
         self.join = nn.Sequential(conv_norm_silu(96 + 128, 128), CheckerBlock(128))
         self.head = nn.Conv2d(128, COLOUR_LOGITS.stop, 1)
         nn.init.constant_(self.head.bias[:1], -4.0)             # centres are rare
@@ -86,7 +86,7 @@ class CheckerConfig:
     lr: float = option(1e-3, above=0)
     muon_lr: float = option(0.02, low=0)
     warmup: int = option(100, low=1)
-    clip: float = option(100.0, above=0)        # the loss is a sum over centres: only for accidents
+    clip: float = option(1000.0, above=0)       # 100 is usual at the start
     ema: float = option(0.998, low=0, high=0.999999)
     log_every: int = option(50, low=1)
     eval_every: int = option(1000, low=1)

@@ -253,7 +253,10 @@ def train_decoder(cfg: DecoderConfig):
     disc_opt = Muon(disc, 2e-4, betas=(0.5, 0.9))
     learner = Learner(learned, opt, cfg.clip, ema)
     disc_learner = Learner(disc, disc_opt, clip=float("inf"))
-    run = Run(cfg, device, model=learned, ema=ema, optimizer=opt, disc=disc, disc_opt=disc_opt)
+    # no "autoencoder" before the end: its scale and shift are not measured, nobody may use it
+    about = {"autoencoder": None, "network": asdict(cfg.autoencoder)}
+    run = Run(cfg, device, describe=about, model=learned, ema=ema, optimizer=opt, disc=disc,
+              disc_optimizer=disc_opt)
     amp = use_bfloat16(cfg.amp, device)
 
     for step in run.steps():
