@@ -2,13 +2,11 @@
 
     python train.py --cache --config configs/folder.toml [key=value ...]
 
-(distill.py and adv_distill.py take --cache too.) Killed, it goes on where it was; torchrun shares
-the work. In the directory each NNNNNN.safetensors has `data.shard` pictures of the listing: for
-every bucket `HxW` the latents in fp16; names and captions are in the metadata. Frozen text encoders
-add `HxW.emb`, `HxW.mask`, `HxW.pooled`, and empty.safetensors for the empty caption; an SD3 teacher
-has its states in sd3-NNNNNN.safetensors and sd3-empty.safetensors. Files are mapped, not loaded.
-cache.json says what the cache was made with: another autoencoder, other text encoders or other
-pictures want another directory.
+(distill.py and adv_distill.py too.) Killed, it goes on where it was; torchrun shares the work.
+NNNNNN.safetensors have `data.shard` pictures of the listing each: fp16 latents of every bucket
+`HxW`, names and captions in the metadata. Frozen text encoders add `HxW.emb`, `HxW.mask` and
+`HxW.pooled`, an SD3 teacher's sd3-NNNNNN.safetensors; both have theirs of the empty caption.
+cache.json says what the cache was made with: other encoders or pictures want another directory.
 
 B batch | C h w latents | L tokens | D width | P pooled width | H W pixels
 """
@@ -88,6 +86,8 @@ def make_cache(cfg, teacher_text: TextConfig | None = None):
     device, rank, world = setup(cfg.device)
     root, start = Path(cfg.data.cache), time.time()
     items, ae, state = begin(cfg, device, rank)
+    if world > 1:
+        dist.barrier()                          # the directory is there
     shards, empty = state["shards"], root / "empty.safetensors"
     there = sum(shard_path(root, k).exists() for k in range(shards))
     if rank == 0 and 0 < there < shards:
@@ -189,12 +189,12 @@ def write_shards(cfg, items, mine, ae, encode, device, quiet: bool) -> tuple[int
 
 
 def write_shard(path: Path, rows, ae, encode, device):
-    """rows: (name, picture or None, caption or why not). Metadata: names and captions by bucket,
-    and what was skipped."""
-    groups = defaultdict(list)
-    skipped = [(name, words) for name, picture, words in rows if picture is None]
+    """rows: (name, picture or None, caption or why not)."""
+    groups, skipped = defaultdict(list), []
     for name, picture, words in rows:
-        if picture is not None:
+        if picture is None:
+            skipped.append((name, words))
+        else:
             groups[tuple(picture.shape[:2])].append((name, words, picture))
     tensors, buckets = {}, {}
     for (H, W), members in sorted(groups.items()):
@@ -225,8 +225,7 @@ def text_tensors(encode, captions: list[str], prefix: str = "") -> dict[str, tor
 
 
 def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: int, shards: int):
-    """Adds the states of a teacher's encoders beside each shard that lacks them: pictures are
-    neither read nor encoded again."""
+    """Adds the states of a teacher's encoders beside each shard that lacks them."""
     files = {shard_path(root, k, "sd3-"): read_shard(root, k)["buckets"]
              for k in range(rank, shards, world)}
     if rank == 0:
@@ -235,6 +234,7 @@ def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: in
             if not is_whole(path) or states_of(path) != states_key(cfg, members)}
     if not todo:
         return
+
     with load_encoders(cfg, device) as encoders:
         def encode(captions):
             text = encoders(captions)
@@ -250,8 +250,7 @@ def add_teacher_states(root: Path, cfg: TextConfig, device, rank: int, world: in
 
 
 def states_key(cfg: TextConfig, members: dict) -> str:
-    """What a file of a teacher's states holds: by which encoders (not by which teacher: SD3.5-Large
-    and its Turbo share them), of which captions."""
+    """Names the encoders (not the teacher: SD3.5-Large and its Turbo share them) and captions."""
     what = json.dumps([cfg.width, cfg.tokens, sorted(cfg.leave_out), members])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
 
@@ -259,8 +258,7 @@ def states_key(cfg: TextConfig, members: dict) -> str:
 def states_of(path: Path) -> str | None:
     """The key that a file has; None where it is missing or damaged."""
     with contextlib.suppress(OSError, SafetensorError, KeyError, TypeError):
-        with safe_open(path, "pt") as f:
-            return f.metadata()["states"]
+        return safe_open(path, "pt").metadata()["states"]
 
 
 def finish(cfg, state: dict):
@@ -301,10 +299,9 @@ def mapped(path: Path):
 
 
 def read_shard(root: Path, k: int) -> dict:
-    """{"buckets": {bucket: [(name, caption), ..]}, "skipped": [(name, why), ..]} of shard k."""
+    """Shard k: {"buckets": {bucket: [(name, caption), ..]}, "skipped": [(name, why), ..]}."""
     try:
-        with safe_open(shard_path(root, k), "pt") as f:
-            return json.loads(f.metadata()["pictures"])
+        return json.loads(safe_open(shard_path(root, k), "pt").metadata()["pictures"])
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as e:
         raise UserError(f"{shard_path(root, k)} is missing or damaged ({e}): run the same command "
                         "with --cache, which makes it again") from None
@@ -427,7 +424,7 @@ class CachedPictures:
 
     def groups(self, n: int) -> list[tuple]:
         """n pictures for validation, (latents, words) bucket by bucket; where there are fewer, each
-        several times, for other noises and times."""
+        several times."""
         rows = [(bucket, row) for bucket in sorted(self.rows) for row in self.rows[bucket]]
         by_bucket = defaultdict(list)
         for bucket, row in (rows * -(-n // len(rows)))[:n]:
@@ -438,8 +435,7 @@ class CachedPictures:
         """Micro-batch number k of the whole run, a function of the seed and k. All micro-batches of
         an optimiser step, accumulated and of all processes, have one bucket."""
         cfg = self.cfg
-        world = dist.get_world_size() if dist.is_initialized() else 1
-        each = cfg.accumulate * world           # micro-batches of a step
+        each = cfg.accumulate * (dist.get_world_size() if dist.is_initialized() else 1)
         sizes = tuple(sorted((b, len(rows)) for b, rows in self.rows.items()))
         bucket, places = whose_turn(sizes, k // each, cfg.batch * each, cfg.seed)
         first = k % each * cfg.batch
