@@ -75,6 +75,39 @@ def inception_fid(real, fake, device) -> float | None:
     return measured["frechet_inception_distance"]
 
 
+@torch.no_grad()
+def latents_health(x0, real, ae, batch: int = 64) -> dict:
+    """Numbers of predicted latents (B, C, H, W) beside real ones, decoded `batch` at a time.
+
+    spread: how far pictures are from each other, relative to the real ones.
+    """
+    pixels = torch.cat([ae.decode(z) for z in x0.float().split(batch)])             # (B, 3, 8H, 8W)
+    theirs = torch.cat([ae.decode(z) for z in real.float().split(batch)])
+    values = {
+        "latent_mean": x0.mean(), "latent_std": x0.std(),
+        "spread": x0.std(0).mean() / real.std(0).mean(),
+        "pixel_mean": pixels.mean(), "pixel_std": pixels.std(),
+        "real_mean": theirs.mean(), "real_std": theirs.std(),
+    }
+    return {k: float(v) for k, v in values.items()}
+
+
+def health_warnings(h: dict) -> list[str]:
+    """What latents_health() says is wrong with a student's pictures, a line each."""
+    lines = []
+    if h["spread"] < 0.5:
+        lines.append(f"collapse: pictures of different captions are alike, their spread is "
+                     f"{h['spread']:.2f} of the real ones'; lower gan_weight or lr, or raise r1 or "
+                     "kd_weight")
+    if h["pixel_std"] > 1.3 * h["real_std"]:
+        lines.append(f"oversaturation: the pixels' deviation is {h['pixel_std']:.2f}, real ones "
+                     f"have {h['real_std']:.2f}; lower teacher_cfg or gan_weight")
+    if abs(h["pixel_mean"] - h["real_mean"]) > 0.3 * h["real_std"]:
+        lines.append(f"drift: the pixels' mean is {h['pixel_mean']:.2f}, real ones have "
+                     f"{h['real_mean']:.2f}; lower lr or gan_weight, or raise kd_weight")
+    return lines
+
+
 def interval(*rights, seed=0, n=2000) -> list[float]:
     """95 % interval, by resampling prompts, of the mean over `rights`, (prompts, pictures) each."""
     rng = np.random.default_rng(seed)
