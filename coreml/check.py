@@ -27,17 +27,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-warnings.filterwarnings("ignore", message=".*has not been tested with coremltools.*")
-logging.getLogger("coremltools").setLevel(logging.ERROR)    # it misses Core ML, as it must here
-import coremltools as ct  # noqa: E402
-from coremltools.converters.mil.frontend.milproto.load import load  # noqa: E402
-from coremltools.converters.mil.mil import types  # noqa: E402
-
 LIMIT = 32768    # results of matmul and convolution saturate there on engines of M1's class [ANEG]
 
 
 class CheckError(Exception):
     """One line that says what is wrong with a package, or what this executor lacks."""
+
+
+def load_coremltools():
+    """coremltools, told not to complain that Core ML is not here: that is the point."""
+    warnings.filterwarnings("ignore", message=".*has not been tested with coremltools.*")
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    try:
+        import coremltools
+    except ImportError as e:
+        raise CheckError(f"{e}: pip install coremltools") from None
+    return coremltools
 
 
 # -------------------------------------------------------------------------------------------- ops
@@ -179,7 +184,8 @@ def is_constant(var):
 
 
 def dtype_of(var):
-    return types.builtin_to_string(var.dtype) if getattr(var, "dtype", None) else "list"
+    """"fp16", "int32", "uint4" ..."""
+    return var.dtype.__type_info__().name if hasattr(var.dtype, "__type_info__") else "list"
 
 
 def shape_of(var):
@@ -219,6 +225,8 @@ class Package:
         self.path = Path(path)
         if not (self.path / "Manifest.json").is_file():
             raise CheckError(f"{path} is no .mlpackage: it has no Manifest.json")
+        ct = load_coremltools()
+        from coremltools.converters.mil.frontend.milproto.load import load
         weights = self.path / "Data/com.apple.CoreML/weights"
         try:
             self.spec = ct.utils.load_spec(str(path))

@@ -1,18 +1,29 @@
-"""The same parts for Core AI, Apple's successor of Core ML (iOS and macOS 27): `python export_coreml.py --target coreai --out bundle-ai`.
+"""The same parts for Core AI, Apple's successor of Core ML (iOS and macOS 27):
 
-Needs `pip install coreai-torch`, in beta. Its wheel for Linux holds Apple's own runtime for CPUs, slow but independent of coreml_check.py: each file is
-executed by it here and compared with the training form. Refused under 50 dB.
+    python export_coreml.py --target coreai --out bundle-ai
+
+Needs `pip install coreai-torch`, in beta. Its wheel for Linux holds Apple's own runtime for CPUs,
+slow but independent of coreml/check.py: here it executes each file, which is refused under 50 dB
+against the training form.
 """
-import asyncio, json
+import asyncio
+import json
 from pathlib import Path
 
 import torch
 
-import ane
 from checkpoint import VERSION
 from common import UserError
-from decoder import load_autoencoder
-from sample import load_model
+from coreml.ane import calibrate
+
+
+def check_coreai():
+    try:
+        import coreai_torch
+    except ImportError as e:
+        raise UserError(f"--target coreai needs Apple's converter ({e}): pip install "
+                        "coreai-torch") from None
+    return coreai_torch.__version__
 
 
 def to_aimodel(form, inputs: dict, output: str, path: Path):
@@ -22,47 +33,43 @@ def to_aimodel(form, inputs: dict, output: str, path: Path):
     form = form.half()
     if freqs is not None:
         form.freqs = freqs.float()
-    program = torch.export.export(form, tuple(inputs.values())).run_decompositions(get_decomp_table())
-    return TorchConverter().add_exported_program(program, input_names=list(inputs), output_names=[output]).to_coreai().save_asset(path.absolute())
+    program = torch.export.export(form, tuple(inputs.values()))
+    program = program.run_decompositions(get_decomp_table())
+    converter = TorchConverter().add_exported_program(
+        program, input_names=list(inputs), output_names=[output])
+    return converter.to_coreai().save_asset(path.absolute())
 
 
-def execute(asset, inputs: dict, output: str):
+def execute_asset(asset, inputs: dict, output: str):
     """By Apple's runtime."""
     from coreai.runtime import NDArray
+    arrays = {name: NDArray(v.numpy()) for name, v in inputs.items()}
 
-    async def run():
+    async def result():
         async with asset.executable() as model:
-            out = await model.load_function("main")(inputs={k: NDArray(v.numpy()) for k, v in inputs.items()})
+            out = await model.load_function("main")(inputs=arrays)
             return torch.from_numpy(out[output].numpy().copy()).float()
-    return asyncio.run(run())
-
-
-def typed(case: dict) -> dict:
-    return {k: v.half() if v.ndim > 2 else v for k, v in case.items()}           # ids and timestep stay fp32
+    return asyncio.run(result())
 
 
 @torch.no_grad()
-def export(a):
-    try:
-        import coreai_torch
-    except ImportError as e:
-        raise UserError(f"--target coreai needs Apple's converter ({e}): pip install coreai-torch")
-    from export_coreml import parts_of
-    out, checks = Path(a.out), {}
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty: give another --out")
-    net, config = load_model(a.ckpt)
-    sizes = a.size[:1] or [config["data"]["size"]]
-    out.mkdir(parents=True, exist_ok=True)
-    parts = parts_of(net, load_autoencoder(a.ae), sizes, a.tokens, a.attention)
-    wanted = [[train(**case) for case in cases] for part in parts for _, train, cases in part.functions.values()]   # before rounding reaches the weights
-    for part, want in zip(parts, wanted):
-        form, _, cases = part.functions[sizes[0]]
-        ane.calibrate(form, cases)
-        asset = to_aimodel(form, typed(cases[0]), part.output, out / f"{part.name}.aimodel")
-        checks[part.name] = min(part.psnr(execute(asset, typed(case), part.output), w) for case, w in zip(cases, want))
-        print(f"{part.name:12} {checks[part.name]:.1f} dB by Apple's runtime against the training form in fp32", flush=True)
+def export_coreai(parts, folder: Path, size: int, shift: float):
+    """Writes the parts (export_coreml.Part) and metadata.json into the folder."""
+    wanted = [[part.train(**case) for case in part.cases] for part in parts]   # before rounding
+    checks, files = {}, {}
+    for part, want in zip(parts, wanted, strict=True):
+        calibrate(part.form, part.cases)
+        cases = [{k: v.half() if v.ndim > 2 else v for k, v in c.items()} for c in part.cases]
+        files[part.name] = f"{part.name}.aimodel"
+        asset = to_aimodel(part.form, cases[0], part.output, folder / files[part.name])
+        outs = [execute_asset(asset, case, part.output) for case in cases]
+        checks[part.name] = min(map(part.psnr, outs, want))
+        print(f"{part.name:12} {checks[part.name]:.1f} dB by Apple's runtime against the training "
+              "form in fp32", flush=True)
         if not checks[part.name] >= 50:
-            raise UserError(f"refused: {part.name} reaches {checks[part.name]:.1f} dB, 50 are wanted; {out} holds what was made")
-    (out / "metadata.json").write_text(json.dumps({"kind": "diffusion", "version": VERSION, "size": sizes[0], "coreai_torch": coreai_torch.__version__, "checks": checks, "assets": {
-        "text_encoder": "TextEncoder.aimodel", "unet": "Unet.aimodel", "vae_decoder": "VAEDecoder.aimodel"}, "schedule": {"timestep": "1000 t", "shift": config["flow"]["shift"]}}, indent=1))
+            raise UserError(f"refused: {part.name} reaches {checks[part.name]:.1f} dB of 50")
+    names = {"TextEncoder": "text_encoder", "Unet": "unet", "VAEDecoder": "vae_decoder"}
+    (folder / "metadata.json").write_text(json.dumps({
+        "kind": "diffusion", "version": VERSION, "size": size, "coreai_torch": check_coreai(),
+        "checks": checks, "assets": {names[k]: file for k, file in files.items()},
+        "schedule": {"timestep": "1000 t", "shift": shift}}, indent=1))
