@@ -315,3 +315,147 @@ def picture_gate(a, folder: Path, size: int) -> float:
     print(f"pictures of {size} px: {value:.1f} dB against PyTorch ({len(PROMPTS)} prompts, "
           f"{len(how['steps']) - 1} steps, guidance {how['cfg']:g}; {seconds:.1f} s each here)")
     return value
+
+
+# ------------------------------------------------------------------------------------ the bundle
+@dataclass
+class Source:
+    """What is exported. net: TextToLatents, or None where the weights are random."""
+    net: torch.nn.Module | None
+    unet: torch.nn.Module
+    ae: torch.nn.Module
+    config: dict
+    size: int
+    tokens: int
+
+
+def load_source(a) -> Source:
+    """Reads the checkpoints. UserError, before any work, where they cannot be exported so."""
+    if a.preset:
+        config = {"model": asdict(PRESETS[a.preset]), "flow": {"shift": 3.0}}
+        net, unet = None, perturb(UNet(PRESETS[a.preset]))
+        ae, size, tokens = perturb(Autoencoder(AutoencoderConfig())), a.size or 1024, a.tokens
+    else:
+        net, config = load_model(a.ckpt)
+        if not hasattr(net, "unet"):
+            raise UserError(f"{a.ckpt} is an MMDiT: only UNets are exported")
+        unet, ae, size = net.unet, load_autoencoder(a.ae), a.size or config["data"]["size"]
+        tokens = net.text_cfg.max_tokens
+        if net.text is None:
+            tokens = max(last for _, last, _, _ in parts_of(net.text_cfg).values())
+            print(f"text.kind={net.text_cfg.kind}: the frozen text encoders are not in the bundle, "
+                  "an app brings them; no pictures are compared")
+    grain = 8 * unet.grain
+    if size % grain or size < grain:
+        raise UserError(f"--size {size}: this UNet draws multiples of {grain} pixels")
+    return Source(net, unet, ae, config, size, tokens)
+
+
+def check_out(out: Path, marker: str):
+    """UserError where `out` is something else than an earlier bundle."""
+    if out.is_file() or out.exists() and any(out.iterdir()) and not (out / marker).is_file():
+        raise UserError(f"{out} is not empty and no bundle of ours: give another --out")
+
+
+def describe(source: Source, a) -> dict:
+    """The manifest, but for its parts."""
+    config, ae = source.config, source.ae.cfg
+    how = sampling(config)
+    return {
+        "version": VERSION, "git": provenance()["commit"], "size": source.size, "bits": a.bits,
+        "source": f"random weights, {a.preset}" if a.preset else str(a.ckpt), "ios": a.ios,
+        "tools": {"torch": torch.__version__,
+                  "coremltools": check.load_coremltools().__version__},
+        "latent": {"channels": ae.latent, "factor": 8, "scale": ae.scale, "shift": ae.shift},
+        "schedule": {
+            "kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t",
+            "sampler": how["sampler"], "steps": len(how["steps"]) - 1, "times": how["steps"],
+            "cfg": how["cfg"], "shift": config.get("few_steps", config["flow"])["shift"],
+            "swift": "discreteFlowScheduler, schedulerTimestepShift 1, decoderScaleFactor 1, "
+                     "disableSafety true"},
+        "config": {k: config[k] for k in ("model", "text", "flow", "few_steps") if k in config},
+    }
+
+
+def write_vocabulary(net, folder: Path) -> dict:
+    """The vocabulary of the checkpoint, as a file and as the manifest's entry."""
+    v, file = net.vocabulary, folder / "captions.tiktoken"
+    file.write_bytes(v.data)
+    return {"file": file.name, "crc32": crc32(file), "pattern": v.pattern, "end": v.end,
+            "pad": v.pad, "max": net.text_cfg.max_tokens,
+            "format": "tiktoken: base64 of the bytes, rank",
+            "rule": "lower case, strip, one blank in front (nothing for the empty prompt); BPE; "
+                    "<end>; <pad> up to max"}
+
+
+def export_bundle(a, source: Source, folder: Path) -> list[str]:
+    """Fills the folder -> the gates that failed."""
+    begin, failed = time.time(), []
+    manifest = describe(source, a) | {"parts": {}}
+    own_text = source.net is not None and source.net.text is not None
+    if own_text:
+        manifest["tokens"] = write_vocabulary(source.net, folder)
+    for part in make_parts(source):
+        row, missed = export_part(part, folder, a.bits, a.ios)
+        manifest["parts"][part.name] = row
+        failed += [f"{part.name}: {m}" for m in missed]
+        checks = {k: row[k] for k in (*GATES, "largest")}
+        kept = {k: manifest[k] for k in ("config", "schedule", "latent", "git")}
+        write_metadata(folder / row["file"], part.text, kept | {"checks": checks})
+    (folder / "compile.sh").write_text(COMPILE)
+    (folder / "compile.sh").chmod(0o755)
+    file = folder / "manifest.json"
+    file.write_text(json.dumps(manifest, indent=1))
+    if own_text and not failed:
+        manifest["picture"] = picture_gate(a, folder, source.size)
+        if not manifest["picture"] >= PICTURE[a.bits]:
+            failed.append(f"picture {manifest['picture']:.1f} dB < {PICTURE[a.bits]}")
+    manifest["seconds"], manifest["peak_gib"] = time.time() - begin, peak_memory(torch.device("cpu"))
+    file.write_text(json.dumps(manifest, indent=1))
+    size = sum(row["bytes"] for row in manifest["parts"].values()) / 1e6
+    print(f"{size:.1f} MB, {manifest['seconds']:.0f} s, {manifest['peak_gib']:.1f} GiB at most")
+    return failed
+
+
+def export(a):
+    out = Path(a.out).expanduser()
+    refused = out.with_name(out.name + ".refused")
+    coreai = a.target == "coreai"
+    check_out(out, "metadata.json" if coreai else "manifest.json")
+    if coreai:
+        check_coreai()
+    keep_memory_mapped()
+    source = load_source(a)
+    with replacing(out, latest=False) as folder:
+        if coreai:
+            export_coreai(make_parts(source), folder, source.size, source.config["flow"]["shift"])
+        elif failed := export_bundle(a, source, folder):
+            shutil.rmtree(refused, ignore_errors=True)
+            folder.rename(refused)           # an earlier bundle of this name stays
+            raise UserError(f"refused: {'; '.join(failed)}. The bundle was kept in {refused}")
+    print(f"{out} is ready")
+
+
+def main(argv):
+    p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
+    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--preset", default="", choices=["", *PRESETS],
+                   help="random weights of this rung of model.py and the paper's decoder, instead")
+    p.add_argument("--out", default="bundle")
+    p.add_argument("--size", type=int, default=0, help="pixels; default: as in training")
+    p.add_argument("--tokens", type=int, default=77, help="with --preset: length of the text")
+    p.add_argument("--bits", type=int, choices=(16, 8, 6, 4), default=16,
+                   help="of a weight: 8 = int8 per channel, 6 and 4 = palettes")
+    p.add_argument("--target", choices=("coreml", "coreai"), default="coreml",
+                   help="coreai: for iOS 27 by Apple's coreai-torch (coreml/coreai.py)")
+    p.add_argument("--ios", type=int, choices=(17, 18), default=18)
+    try:
+        export(p.parse_args(argv))
+    except check.CheckError as e:
+        raise UserError(str(e)) from None
+
+
+if __name__ == "__main__":
+    with friendly():
+        main(sys.argv[1:])

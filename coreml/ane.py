@@ -131,8 +131,8 @@ class SplitAttention(nn.Module):
         self.register_buffer("scale", scale, persistent=False)    # so that rounding reaches it
 
     def forward(self, q, k, v, bias=None):
-        keys = [x.transpose(1, 3) for x in (k * self.scale).split(self.D, 1)]     # G of (1, L, 1, D)
-        values = v.split(self.D, 1)                                               # G of (1, D, 1, L)
+        keys = [x.transpose(1, 3) for x in (k * self.scale).split(self.D, 1)]    # G of (1, L, 1, D)
+        values = v.split(self.D, 1)                                              # G of (1, D, 1, L)
         out = []
         for i, head in enumerate(q.split(self.D, 1)):                             # (1, D, 1, N)
             shared = i // self.repeat
@@ -154,8 +154,8 @@ class AneResBlock(nn.Module):
 
     def forward(self, x, temb):                                     # temb is activated already
         b = self.block
-        h = b.conv1(b.act(self.norm1(x))) + pointwise(temb, b.time)               # (1, hidden, H, W)
-        return b.shortcut(x) + b.conv2(b.act(self.norm2(h)))                      # (1, C_out, H, W)
+        h = b.conv1(b.act(self.norm1(x))) + pointwise(temb, b.time)              # (1, hidden, H, W)
+        return b.shortcut(x) + b.conv2(b.act(self.norm2(h)))                     # (1, C_out, H, W)
 
 
 class AneAttention(nn.Module):
