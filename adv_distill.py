@@ -155,10 +155,8 @@ class Critic(nn.Module):
 
     def forward(self, x, t, text: Text):
         """Noised latents (B, C, H, W) -> a list of each head's logits (B, N)."""
-        pooled = {} if text.pooled is None else {"pooled": text.pooled}
-        denoiser = self.frozen.denoiser
-        _, taps = denoiser(x.to(self.frozen.dtype), t, text.emb, text.mask, features=self.taps,
-                           **pooled)
+        _, taps = self.frozen.denoiser(x.to(self.frozen.dtype), t, text.emb, text.mask,
+                                       features=self.taps, pooled=text.pooled)
         c = self.condition(t, text)
         # contiguous: on a CPU, GroupNorm's backward pass crashes for a channels_last input that
         # wants no gradient (torch 2.13)
@@ -392,7 +390,8 @@ def distil(cfg: AdvConfig):
     torch.manual_seed(cfg.seed)
     game = Game(cfg, net, device, bfloat16)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world, game.teacher.states)
+    ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary,
+                                      game.teacher.states)
     batches = Batches(cfg, latents, device, net.vocabulary)
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)

@@ -33,6 +33,7 @@ from costs import tap_shape
 from data import Batch
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
 from model import TextToLatents, count_params, load_model, network_of
+from sample import repeated
 from text import Text, TextConfig, Tokens, load_encoders, on_device
 from train import FlowConfig, TrainConfig, flow_loss, train
 
@@ -195,15 +196,12 @@ class Teacher:
     def __call__(self, x, t, text: Text, features=()):
         """Latents (B, C, H, W), t (B,), states of read() -> velocity, {tap: (B, D, h, w)}."""
         def ask(text, features=()):
-            pooled = {} if text.pooled is None else {"pooled": text.pooled}
             return self.denoiser(x.to(self.dtype), t, text.emb, text.mask, features=features,
-                                 **pooled)
+                                 pooled=text.pooled)
 
         v, taps = ask(text, features) if features else (ask(text), {})
         if self.guidance != 1:
-            empty = Text(*(None if y is None else y.expand(len(x), *y.shape[1:])
-                           for y in self.empty))
-            v_empty = ask(empty)
+            v_empty = ask(repeated(self.empty, len(x)))
             v = v_empty + self.guidance * (v - v_empty)
         return v, taps
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from common import ASSETS, UserError, friendly, setup
 from decoder import load_autoencoder, to_pictures
+from mmdit import MMDiTConfig
 from model import load_model
 from plots import grid
 from text import Text, join_texts
@@ -136,8 +137,8 @@ def guided(net, text: Text, empty: Text | None, cfg: float, interval=(0.0, 1.0))
         return text._replace(emb=net.keys_values(text.emb))
 
     def ask(x, t, text: Text):
-        pooled = {} if text.pooled is None else {"pooled": text.pooled}
-        return net(x, torch.full((len(x),), t, device=x.device), text.emb, text.mask, **pooled)
+        t = torch.full((len(x),), t, device=x.device)
+        return net(x, t, text.emb, text.mask, pooled=text.pooled)
 
     both = projected(join_texts([text, empty])) if cfg != 1 else None
     alone = projected(text)
@@ -157,6 +158,11 @@ def latents_noise(seeds, shape, device):
     return torch.stack(parts).to(device)
 
 
+def repeated(text: Text, n: int) -> Text:
+    """One caption's states (1, ...) for n pictures."""
+    return Text(*(None if x is None else x.expand(n, *x.shape[1:]) for x in text))
+
+
 @torch.inference_mode()
 def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0,
              interval=(0.0, 1.0), batch=16, progress=False):
@@ -173,10 +179,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     for i in range(0, len(captions), batch):
         own = seeds[i:i + batch]
         text = net.encode(captions[i:i + batch])
-        empty = None
-        if cfg != 1:
-            empty = Text(*(None if x is None else x.expand(len(own), *x.shape[1:])
-                           for x in net.encode([""])))
+        empty = repeated(net.encode([""]), len(own)) if cfg != 1 else None
         velocity = guided(net.denoiser, text, empty, cfg, interval)
         x = latents_noise(own, shape, net.device)           # (B, C, H, W)
         extra = {}
@@ -240,16 +243,18 @@ def check_request(a):
     return out
 
 
-def picture_size(asked: list[int], config: dict, net) -> int | tuple[int, int]:
-    """Pixels, or (height, width). UserError where the network cannot draw that size."""
-    size = asked or [config["data"]["size"]]
-    grain = 8 * net.denoiser.grain
-    if len(size) > 2 or any(s < grain or s % grain for s in size):
-        raise UserError(f"--size {asked}: one or two multiples of {grain} pixels, such as "
-                        f"{4 * grain} or {4 * grain} {2 * grain}")
-    largest = net.denoiser.largest
-    if largest and max(size) > 8 * largest:
-        raise UserError(f"--size {asked}: this network draws at most {8 * largest} pixels")
+def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, int]:
+    """Pixels, or (height, width). UserError where a network of this config cannot draw them."""
+    size = asked or [trained]
+    if isinstance(network, MMDiTConfig):
+        grain = 8 * network.patch
+        largest = grain * network.position_max              # where its position table ends
+    else:
+        grain = 8 * 2 ** (len(network.widths) - 1)
+        largest = 2**14
+    if len(size) > 2 or any(s < grain or s % grain or s > largest for s in size):
+        raise UserError(f"--size {asked}: one or two multiples of {grain} pixels up to {largest}, "
+                        f"such as {4 * grain} or {4 * grain} {2 * grain}")
     return size[0] if len(size) == 1 else tuple(size)
 
 
@@ -261,11 +266,13 @@ def main(argv):
         from coreml.bundle import Bundle
         net = ae = Bundle(a.coreml)
         config = net.config
+        if a.size not in ([], [net.size]):
+            raise UserError(f"{a.coreml} draws {net.size} pixels: export another for --size")
     else:
         fast = (ASSETS / "fast").is_dir() and not a.base
         net, config = load_model(a.ckpt or ("assets/fast" if fast else "assets/scenes"), device)
         ae = load_autoencoder(a.ae, device)
-    size = picture_size(a.size, config, net)
+    size = picture_size(a.size, config["data"]["size"], net.denoiser.cfg)
     captions = [c for c in a.prompts for _ in range(a.n)]
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]
     how = sampling(config, a.steps, a.cfg, a.sampler, a.shift)

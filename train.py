@@ -119,15 +119,15 @@ def draw_times(cfg: FlowConfig, n: int, generator, device):
 
 
 # ---------------------------------------------------------------------------- data
-def load_data(cfg: TrainConfig, device, rank: int, world: int, states: TextConfig | None = None):
+def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, states=None):
     """(autoencoder, training data, held-out data), for Batches and Validation.
 
     Data are latents of scenes, or both sides of the cache of your own pictures. states: a teacher's
-    text encoders, whose states that cache must hold too.
+    text encoders (a TextConfig), whose states that cache must hold too.
     """
     ae = load_autoencoder(cfg.ae, device)
     if cfg.data.folder:
-        return ae, *open_cache(cfg, ae, states)
+        return ae, *open_cache(cfg, ae, states, vocabulary)
     for turn in range(world):               # one process fills the cache, the others find it there
         if turn == rank:
             key = autoencoder_fingerprint(ae)
@@ -204,7 +204,8 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     ema = EMA(net, cfg.ema)
     learner = Learner(objective, opt, cfg.clip, ema)
 
-    ae, latents, held_out = load_data(cfg, device, rank, world, objective.states)
+    ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary,
+                                      objective.states)
     batches = Batches(cfg, latents, device, net.vocabulary)
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)
