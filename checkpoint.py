@@ -27,7 +27,7 @@ from common import (
     ROOT,
     UserError,
     anywhere,
-    clock,
+    duration,
     is_disk_full,
     mean_over,
     peak_memory,
@@ -64,19 +64,15 @@ def write_whole(path: Path, save):
     """Calls save(temporary path), then puts the file in place: all of it or nothing."""
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
+        temporary.touch()                                   # with the mode that the umask gives
+        mode = temporary.stat().st_mode
         save(temporary)
-        os.chmod(temporary, 0o666 & ~current_umask())       # safetensors writes 0600
+        temporary.chmod(mode)                               # safetensors writes 0600
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def current_umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 @contextlib.contextmanager
@@ -108,7 +104,7 @@ def replacing(path, latest: bool = True):
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not path.exists():
             old.rename(path)
-        if isinstance(e, (OSError, SafetensorError)) and is_disk_full(e):
+        if is_disk_full(e):
             raise UserError(f"the disk is full: {path} was not written, older checkpoints are "
                             "whole; free some space and resume") from e
         raise
@@ -246,17 +242,10 @@ def check_fit(own: dict, state: dict, what: str):
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     wrong = [k for k in own if k in state and own[k] != state[k]]
-    if not (missing or extra or wrong):
-        return
-    if missing:
-        first = f"lacks '{missing[0]}'"
-    elif extra:
-        first = f"has an unknown '{extra[0]}'"
-    else:
-        shapes = tuple(state[wrong[0]]), tuple(own[wrong[0]])
-        first = f"'{wrong[0]}' has shape {shapes[0]}, the config wants {shapes[1]}"
-    raise UserError(f"{what} does not fit its config: {first} ({len(missing)} missing, "
-                    f"{len(extra)} unknown, {len(wrong)} of another shape)")
+    if missing or extra or wrong:
+        first = [*missing, *extra, *wrong][0]
+        raise UserError(f"{what} does not fit its config, first in '{first}' ({len(missing)} "
+                        f"missing, {len(extra)} unknown, {len(wrong)} of another shape)")
 
 
 def check_finite(state: dict, what: str):
@@ -409,7 +398,7 @@ class Run:
         left = (time.time() - self.begin) / max(1, self.step - self.start) * (total - self.step)
         parts = [f"step {self.step}/{total} ({100 * self.step // total}%)"]
         parts += [f"{k} {short(k, row[k])}" for k in keys if k in row]
-        print(" | ".join([*parts, f"eta {clock(left)}"]), flush=True)
+        print(" | ".join([*parts, f"eta {duration(left)}"]), flush=True)
 
     def row(self, **values):
         """A row of log.csv that is not printed, such as a validation's."""

@@ -4,7 +4,6 @@ import csv
 import ctypes
 import dataclasses
 import difflib
-import errno
 import json
 import os
 import platform
@@ -38,25 +37,24 @@ def friendly():
     except KeyboardInterrupt:
         sys.exit("stopped by the keyboard")
     except (OSError, SafetensorError) as e:
+        how = "check that the path exists and may be read and written"
         if is_disk_full(e):
-            sys.exit(f"error: the disk is full ({e}): free some space, run the same command again")
-        sys.exit(f"error: {e}: check that the path exists and may be read and written")
+            how = "the disk is full: free some space and run the same command again"
+        sys.exit(f"error: {e}: {how}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 def is_disk_full(e: Exception) -> bool:
-    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return True
+    """safetensors gives no errno, only the words."""
     return any(s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
 
 
 # ---------------------------------------------------------------------------- config
 def option(default, low=None, high=None, above=None, choices=None):
-    """A dataclass field with the values that it may have.
+    """A dataclass field and its bounds: low and high inclusive, above exclusive; or its choices.
 
-    low and high are inclusive bounds, above is an exclusive one; choices lists all allowed values.
     In a list each entry is checked. Every number must be finite, with or without bounds.
     """
     allowed = {"low": low, "high": high, "above": above, "choices": choices}
@@ -76,11 +74,8 @@ def fill(obj, values: dict, where: str = "config", prefix: str = ""):
     for key, value in values.items():
         name = prefix + key
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.5)
-            hint = "known keys: " + ", ".join(fields)
-            if near:
-                hint = f"did you mean '{prefix}{near[0]}'?"
-            raise UserError(f"{where}: unknown key '{name}'; {hint}")
+            near = difflib.get_close_matches(key, fields, 1, 0.5) or fields
+            raise UserError(f"{where}: unknown key '{name}'; did you mean {', '.join(near)}?")
         old = getattr(obj, key)
         if dataclasses.is_dataclass(old):
             fill(old, value, where, name + ".")
@@ -95,13 +90,8 @@ def typed(value, old, name: str, where: str):
     """`value` in the type of the field's present value `old`, or a UserError."""
     if isinstance(old, float) and type(value) is int:
         return float(value)
-    if isinstance(old, list) and isinstance(value, (list, tuple)):
-        wrong = [v for v in value if old and type(v) is not type(old[0])]
-        if wrong:
-            kind = type(old[0]).__name__
-            raise UserError(f"{where}: '{name}' wants a list of {kind}, got {wrong[0]!r} in it")
-        return list(value)
-    if type(value) is not type(old):
+    entries = value if isinstance(value, list) and isinstance(old, list) and old else []
+    if type(value) is not type(old) or any(type(v) is not type(old[0]) for v in entries):
         kind = type(old).__name__
         raise UserError(f"{where}: '{name}' wants {kind} (like {old!r}), got {value!r}")
     return value
@@ -142,18 +132,15 @@ def check_config(cfg, where: str = "config"):
 
 def read_config(cfg, argv: list[str], default: str | None = None):
     """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`."""
-    argv = list(argv)
-    path = default
+    argv, path = list(argv), default
     if argv and argv[0] in ("-h", "--help"):
         print(f"usage: python {Path(sys.argv[0]).name} [--config FILE.toml] [key=value ...]\n")
         print("keys and their defaults:\n" + json.dumps(dataclasses.asdict(cfg), indent=1))
         sys.exit(0)
-    if argv and argv[0].startswith("--config"):
-        _, equals, path = argv.pop(0).partition("=")
-        if not equals and argv:
-            path = argv.pop(0)
-        if not path:
+    if argv and argv[0] == "--config":
+        if len(argv) < 2:
             raise UserError("--config wants a file, such as --config configs/nano.toml")
+        path, argv = argv[1], argv[2:]
     if path:
         fill(cfg, read_toml(path), str(path))
     for argument in argv:
@@ -209,17 +196,18 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     """(device, rank, world size). Joins the process group where torchrun started us."""
     world = int(os.environ.get("WORLD_SIZE", 1))
     dev = pick_device(device)
-    if world > 1:
-        if dev.type == "cuda":
-            dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(dev)
-        dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     if dev.type == "cuda":
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     else:
         keep_memory_mapped()
-    return dev, (dist.get_rank() if world > 1 else 0), world
+    if world == 1:
+        return dev, 0, 1
+    if dev.type == "cuda":
+        dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(dev)
+    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    return dev, dist.get_rank(), world
 
 
 def anywhere(flag: bool, world: int) -> bool:
@@ -345,8 +333,6 @@ def short(key: str, value) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
 
 
-def clock(seconds: float) -> str:
-    s = int(seconds)
-    if s < 90:
-        return f"{s}s"
-    return f"{s // 60}m" if s < 5400 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+def duration(seconds: float) -> str:
+    minutes, s = divmod(int(seconds), 60)
+    return f"{minutes // 60}h{minutes % 60:02d}m" if minutes >= 90 else f"{minutes}m{s:02d}s"
