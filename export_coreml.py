@@ -18,11 +18,9 @@ status 1, kept aside as OUT.refused) unless
 With --bits 8, 6 or 4 the first three hold for the fp16 file that is then compressed; the compressed
 file is linted and watched for its range, and at 8 bits its pictures must reach 20 dB.
 
-D width of a text state | L text tokens
+C channels | D width of a text state | L text tokens | h w latent rows, columns
 """
 import argparse
-import contextlib
-import io
 import json
 import shutil
 import sys
@@ -38,9 +36,12 @@ import torch.nn.functional as F
 
 from checkpoint import VERSION, crc32, replacing
 from common import UserError, friendly, keep_memory_mapped, peak_memory, provenance
-from coreml import ane, check
-from coreml.bundle import COMPILE, DESCRIPTIONS, Bundle
+from coreml.ane import MASKED, AneDecoder, AneTextEncoder, AneUNet, calibrate
+from coreml.bundle import COMPILE, Bundle
+from coreml.check import LIMIT, lint
+from coreml.convert import compress, convert_form, round_to_fp16, write_metadata
 from coreml.coreai import check_coreai, export_coreai
+from coreml.executor import CheckError, Package, audit, load_coremltools, shape_of, tensor_psnr
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from model import PRESETS, UNet, count_params, load_model
 from sample import euler, generate, sampling, times
@@ -67,11 +68,11 @@ class Part:
     def psnr(self, a, b) -> float:
         if self.masked:      # its values of -10000 would flatter
             a, b = a[..., :-1], b[..., :-1]
-        return check.tensor_psnr(a, b)
+        return tensor_psnr(a, b)
 
 
 def text_part(net) -> Part:
-    cfg, pad = net.text.cfg, net.vocabulary.pad
+    cfg, pad = net.text_cfg, net.vocabulary.pad
     cases = []
     for caption in (PROMPTS[2], ""):
         ids = net.vocabulary.tokenize([caption], cfg.max_tokens, cut=True).ids
@@ -80,62 +81,59 @@ def text_part(net) -> Part:
 
     def train(input_ids):
         tokens = Tokens(input_ids.long(), input_ids != pad)
-        bias = torch.where(tokens.mask, 0.0, ane.MASKED)[:, :, None]
+        bias = torch.where(tokens.mask, 0.0, MASKED)[:, :, None]
         return torch.cat([net.text(tokens).emb, bias], 2)                       # (1, L, D+1)
     return Part("TextEncoder", "last_hidden_state",
                 "Token ids, padded -> text states (L, D), and as last channel the mask",
-                ane.AneTextEncoder(net.text).eval(), train, cases, count_params(net.text), True)
+                AneTextEncoder(net.text).eval(), train, cases, count_params(net.text), True)
 
 
-def unet_part(unet, states, size, generator, trained) -> Part:
-    """Compared on noise at t = 1; with trained weights on a half-drawn picture at t = 0.25 too."""
+def unet_case(x, t: float, states) -> dict:
+    return {"sample": x, "timestep": torch.tensor([1000 * t]), "encoder_hidden_states": states}
+
+
+def unet_part(unet, x, states) -> Part:
     def train(sample, timestep, encoder_hidden_states):
         emb = encoder_hidden_states[:, :-1, 0].transpose(1, 2)                  # (1, L, D)
         mask = encoder_hidden_states[:, -1, 0] > -1                             # (1, L)
         return unet(sample, timestep / 1000, emb, mask)
-
-    def case(x, t, states):
-        return {"sample": x, "timestep": torch.tensor([1000 * t]), "encoder_hidden_states": states}
-
-    n = size // 8
-    x = torch.randn(1, unet.cfg.in_channels, n, n, generator=generator)
-    cases = [case(x, 1.0, states[0])]
-    if trained:
-        x0 = euler(lambda x, t: train(**case(x, t, states[0])), x, times(8, 1.0))
-        cases.append(case(0.75 * x0 + 0.25 * x, 0.25, states[1]))
-    form = ane.AneUNet(unet, n, n, states[0].shape[-1]).eval()
     return Part("Unet", "noise_pred", "Latents, 1000 t, text states -> velocity v = eps - x0",
-                form, train, cases, count_params(unet))
+                AneUNet(unet, *x.shape[2:], states.shape[-1]).eval(), train,
+                [unet_case(x, 1.0, states)], count_params(unet))
 
 
 def decoder_part(ae, latents) -> Part:
     return Part("VAEDecoder", "image", "Normalised latents -> picture in [-1, 1]",
-                ane.AneDecoder(ae).eval(), lambda z: ae.decode(z), [{"z": z} for z in latents],
+                AneDecoder(ae).eval(), lambda z: ae.decode(z), [{"z": z} for z in latents],
                 count_params(ae.decoder))
 
 
 @torch.no_grad()
 def make_parts(source) -> list[Part]:
-    """The text states that the UNet is compared on are real ones, where we have their encoder."""
-    g = torch.Generator().manual_seed(0)
-    unet, parts = source.unet, []
-    if source.net is not None and source.net.text is not None:
-        parts = [text_part(source.net)]
+    """Random weights are compared on noise at t = 1. Trained ones on a half-drawn picture at
+    t = 0.25 too, with real text states where we have their encoder."""
+    net, unet, g = source.net, source.unet, torch.Generator().manual_seed(0)
+    parts = []
+    if net is not None and net.text is not None:
+        parts = [text_part(net)]
         states = [parts[0].train(**case) for case in parts[0].cases]            # (1, L, D+1)
         states = [s.transpose(1, 2)[:, :, None].contiguous() for s in states]   # (1, D+1, 1, L)
     else:
         L = source.tokens
-        mask = torch.where(torch.arange(L) < L - 20, 0.0, ane.MASKED)[None, None, None]
+        bias = torch.where(torch.arange(L) < L - 20, 0.0, MASKED)[None, None, None]
         emb = torch.randn(1, unet.cfg.context_dim, 1, L, generator=g)
-        states = [torch.cat([emb, mask], 1)] * 2
-    trained = source.net is not None
-    parts.append(unet_part(unet, states, source.size, g, trained))
-    x = parts[-1].cases[0]["sample"]
+        states = [torch.cat([emb, bias], 1)] * 2
+    n = source.size // 8
+    x = torch.randn(1, unet.cfg.in_channels, n, n, generator=g)                 # (1, C, h, w)
+    part = unet_part(unet, x, states[0])
     latents = [x]
-    if trained:
-        drawn = parts[-1].cases[1]["sample"]
-        latents = [(drawn - 0.25 * x) / 0.75, x]
-    return [*parts, decoder_part(source.ae, latents)]
+    if net is not None:
+        def velocity(x, t):
+            return part.train(**unet_case(x, t, states[0]))
+        x0 = euler(velocity, x, times(8, 1.0))
+        part.cases.append(unet_case(0.75 * x0 + 0.25 * x, 0.25, states[1]))
+        latents = [x0, x]
+    return [*parts, part, decoder_part(source.ae, latents)]
 
 
 @torch.no_grad()
@@ -151,100 +149,20 @@ def perturb(module, seed=0):
     return module.eval().requires_grad_(False)
 
 
-@torch.no_grad()
-def round_to_fp16(form):
-    """In place, the training form's parameters too: they are shared. The sinusoids' frequencies
-    stay in fp32, in the file too."""
-    for name, v in [*form.named_parameters(), *form.named_buffers()]:
-        if name != "freqs":
-            v.copy_(v.half().float())
-
-
-# ------------------------------------------------------------------------------------ conversion
-def convert_form(form, inputs: dict, output: str, ios: int):
-    """A Neural Engine form -> Core ML model in fp16. What has rank 2 or less (the time's sinusoids,
-    token ids) stays fp32 and runs before the engine starts."""
-    ct = check.load_coremltools()
-
-    def is_fp16(op):
-        return not all(v.shape is not None and len(v.shape) <= 2 for v in op.outputs)
-
-    types = {True: np.float16, False: np.float32}
-    typed = [ct.TensorType(k, v.shape, dtype=types[v.ndim > 2]) for k, v in inputs.items()]
-    with contextlib.redirect_stderr(io.StringIO()):                             # progress bars
-        graph = torch.jit.trace(form, tuple(inputs.values()), check_trace=False)
-        return ct.convert(
-            graph, inputs=typed, outputs=[ct.TensorType(output, dtype=np.float16)],
-            convert_to="mlprogram", minimum_deployment_target=getattr(ct.target, f"iOS{ios}"),
-            compute_precision=ct.transform.FP16ComputePrecision(op_selector=is_fp16),
-            compute_units=ct.ComputeUnit.CPU_AND_NE, skip_model_load=True)
-
-
-def palette(weight, bits: int):
-    """The best table of 2**bits values for a tensor, and the weights' indices in it.
-
-    One-dimensional k-means (Lloyd) on the histogram: fp16 has at most 65,536 values. coremltools'
-    own "kmeans" finds tables as good, but wants scikit-learn and takes five times as long here.
-    """
-    flat = weight.astype(np.float32).ravel()
-    values, index, count = np.unique(flat, return_inverse=True, return_counts=True)
-    k = min(2 ** bits, len(values))
-    # many centres want a density of p ** (1/3) (Panter & Dite 1951): a good start
-    gaps = np.gradient(values.astype(np.float64)) if k > 1 else np.ones(1)
-    share = count ** (1 / 3) * gaps ** (2 / 3)
-    centres = np.interp((np.arange(k) + 0.5) / k * share.sum(), share.cumsum() - share / 2, values)
-    for _ in range(40):
-        nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
-        n = np.bincount(nearest, count, k)
-        total = np.bincount(nearest, count * values.astype(np.float64), k)
-        centres = np.where(n > 0, total / np.maximum(n, 1), centres)
-    nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
-    table = np.pad(centres, (0, 2 ** bits - k), mode="edge").astype(weight.dtype)
-    return table, nearest[index].astype(np.uint8)
-
-
-def compress(model, bits: int):
-    """8: int8 per output channel. 6, 4: a table of 2**bits values for each tensor."""
-    import coremltools.optimize.coreml as cto
-    if bits == 8:
-        how = cto.OpLinearQuantizerConfig(mode="linear_symmetric", dtype="int8",
-                                          granularity="per_channel")
-        do = cto.linear_quantize_weights
-    else:
-        how = cto.OpPalettizerConfig(mode="custom", lut_function=lambda w: palette(w, bits))
-        do = cto.palettize_weights
-    with contextlib.redirect_stderr(io.StringIO()):                             # progress bars
-        return do(model, cto.OptimizationConfig(how))
-
-
-def write_metadata(path: Path, text: str, values: dict):
-    """Into the saved protobuf: the graph and the weights that were proved are not written again."""
-    spec = check.load_coremltools().utils.load_spec(str(path))
-    m = spec.description.metadata
-    m.author, m.license = "nanoSnapGen", "MIT"
-    m.versionString, m.shortDescription = VERSION, text
-    m.userDefined.update({k: v if isinstance(v, str) else json.dumps(v) for k, v in values.items()})
-    for feature in (*spec.description.input, *spec.description.output):
-        feature.shortDescription = DESCRIPTIONS[feature.name]
-    (path / "Data/com.apple.CoreML/model.mlmodel").write_bytes(spec.SerializeToString())
-
-
 # ----------------------------------------------------------------------------------------- gates
 def measure(path, part: Part, wanted, compressed=False) -> dict:
-    """Executes a saved package on the part's cases -> PSNRs, the largest |activation|, seconds."""
-    package, graph, numerics, seen = check.Package(path), [], [], []
-    begin = time.time()
+    """Executes a saved package on the part's cases -> PSNRs in dB, the largest |activation|."""
+    package, graph, numerics, seen = Package(path), [], [], []
     for case, want in zip(part.cases, wanted, strict=True):
         if not compressed:
-            exact, _, _ = check.audit(package, case, half=False)
-            graph.append(part.psnr(exact[part.output], part.form(**case)))
-        rounded, largest, _ = check.audit(package, case)
+            exact = package.run(case, half=False)[part.output]
+            graph.append(part.psnr(exact, part.form(**case)))
+        rounded, largest, _ = audit(package, case)
         numerics.append(part.psnr(rounded[part.output], want))
         seen += [value for value, _ in largest.values()]
-    row = {"largest": max(seen), "execute_s": time.time() - begin}
     if compressed:
-        return row | {"compressed": min(numerics)}
-    return row | {"graph": min(graph), "numerics": min(numerics)}
+        return {"largest": max(seen), "compressed": min(numerics)}
+    return {"largest": max(seen), "graph": min(graph), "numerics": min(numerics)}
 
 
 @torch.inference_mode()
@@ -252,33 +170,28 @@ def export_part(part: Part, folder: Path, bits: int, ios: int) -> tuple[dict, li
     """Converts, saves, executes, compares -> (the manifest's entry, the gates that failed)."""
     path, begin = folder / f"{part.name}.mlpackage", time.time()
     wanted = [part.train(**case) for case in part.cases]     # in fp32: rounding is yet to come
-    ane.calibrate(part.form, part.cases)
+    calibrate(part.form, part.cases)
     form = min(part.psnr(part.form(**c), w) for c, w in zip(part.cases, wanted, strict=True))
     round_to_fp16(part.form)
     model = convert_form(part.form, part.cases[0], part.output, ios)
     model.save(str(path))
-    row = {"file": path.name, "output": part.output, "params": part.params, "bits": 16,
-           "form": form, "convert_s": time.time() - begin} | measure(path, part, wanted)
+    row = {"file": path.name, "output": part.output, "params": part.params, "bits": 16}
+    row |= {"form": form} | measure(path, part, wanted)
     if bits < 16 and part.name != "VAEDecoder":    # the smallest part, and the picture's last word
+        largest = row["largest"]
         shutil.rmtree(path)
         compress(model, bits).save(str(path))
-        compressed = measure(path, part, wanted, compressed=True)
-        compressed["largest"] = max(compressed["largest"], row["largest"])
-        row |= compressed | {"bits": bits}
-    package = check.Package(path)
-    found = check.lint(package)
-    fused, unfused = check.estimate(package)[0], check.estimate(package, fused=False)[0]
-    row |= {
-        "bytes": package.bytes, "ops": len(package.ops),
-        "inputs": {k: [check.dtype_of(v), check.shape_of(v)] for k, v in package.inputs.items()},
-        "outputs": {k: [check.dtype_of(v), check.shape_of(v)] for k, v in package.outputs.items()},
-        "lint": dict(Counter(f.rule for f in found)),
-        "gflop": sum(map(check.op_flops, package.ops)) / 1e9,
-        "estimate_ms": {c: [1000 * fused[c], 1000 * unfused[c]] for c in fused},
-    }
+        row |= {"bits": bits} | measure(path, part, wanted, compressed=True)
+        row["largest"] = max(row["largest"], largest)
+    package = Package(path)
+    found = lint(package)
+    row |= {"bytes": package.bytes, "ops": len(package.ops), "seconds": time.time() - begin,
+            "inputs": {k: shape_of(v) for k, v in package.inputs.items()},
+            "outputs": {k: shape_of(v) for k, v in package.outputs.items()},
+            "lint": dict(Counter(f.rule for f in found))}
     failed = [f"{k} {row[k]:.1f} dB < {v}" for k, v in GATES.items() if not row[k] >= v]
-    if not row["largest"] <= check.LIMIT:
-        failed.append(f"|activation| {row['largest']:.0f} > {check.LIMIT}")
+    if not row["largest"] <= LIMIT:
+        failed.append(f"|activation| {row['largest']:.0f} > {LIMIT}")
     errors = [f for f in found if f.rule[0] == "E"]
     failed += [f"lint {f.rule} {f.name}: {f.what}" for f in errors[:3]]
     print_part(part.name, row, failed)
@@ -286,11 +199,11 @@ def export_part(part: Part, folder: Path, bits: int, ios: int) -> tuple[dict, li
 
 
 def print_part(name, row, failed):
-    warnings = sum(n for rule, n in row["lint"].items() if rule[0] == "W")
+    errors, warnings = (sum(n for rule, n in row["lint"].items() if rule[0] == x) for x in "EW")
     print(f"{name:12} {row['params'] / 1e6:7.2f} M {row['bytes'] / 1e6:7.2f} MB {row['ops']:5} ops"
-          f" {row['gflop']:8.2f} GFLOP | form {row['form']:.1f} graph {row['graph']:.1f} numerics "
-          f"{row['numerics']:.1f} dB | largest {row['largest']:.0f} | lint {warnings} warnings | "
-          f"convert {row['convert_s']:.0f} s, execute {row['execute_s']:.1f} s", flush=True)
+          f" | form {row['form']:.1f} graph {row['graph']:.1f} numerics {row['numerics']:.1f} dB"
+          f" | largest {row['largest']:.0f} | lint {errors} errors {warnings} warnings"
+          f" | {row['seconds']:.0f} s", flush=True)
     if "compressed" in row:
         print(f"{'':12} at {row['bits']} bits {row['compressed']:.1f} dB")
     for f in failed:
@@ -365,7 +278,7 @@ def describe(source: Source, a) -> dict:
         "version": VERSION, "git": provenance()["commit"], "size": source.size, "bits": a.bits,
         "source": f"random weights, {a.preset}" if a.preset else str(a.ckpt), "ios": a.ios,
         "tools": {"torch": torch.__version__,
-                  "coremltools": check.load_coremltools().__version__},
+                  "coremltools": load_coremltools().__version__},
         "latent": {"channels": ae.latent, "factor": 8, "scale": ae.scale, "shift": ae.shift},
         "schedule": {
             "kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t",
@@ -410,7 +323,8 @@ def export_bundle(a, source: Source, folder: Path) -> list[str]:
         manifest["picture"] = picture_gate(a, folder, source.size)
         if not manifest["picture"] >= PICTURE[a.bits]:
             failed.append(f"picture {manifest['picture']:.1f} dB < {PICTURE[a.bits]}")
-    manifest["seconds"], manifest["peak_gib"] = time.time() - begin, peak_memory(torch.device("cpu"))
+    manifest["seconds"] = time.time() - begin
+    manifest["peak_gib"] = peak_memory(torch.device("cpu"))
     file.write_text(json.dumps(manifest, indent=1))
     size = sum(row["bytes"] for row in manifest["parts"].values()) / 1e6
     print(f"{size:.1f} MB, {manifest['seconds']:.0f} s, {manifest['peak_gib']:.1f} GiB at most")
@@ -452,7 +366,7 @@ def main(argv):
     p.add_argument("--ios", type=int, choices=(17, 18), default=18)
     try:
         export(p.parse_args(argv))
-    except check.CheckError as e:
+    except CheckError as e:
         raise UserError(str(e)) from None
 
 

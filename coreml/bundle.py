@@ -14,20 +14,10 @@ import torch
 import torch.nn.functional as F
 
 from common import UserError, fill
-from coreml.check import CheckError, Package, load_coremltools
+from coreml.executor import CheckError, Package, load_coremltools
 from model import UNetConfig
 from text import Text, load_vocabulary
 
-DESCRIPTIONS = {    # of inputs and outputs, for Xcode and the app's author
-    "input_ids": "Tokens of captions.tiktoken, <end>, then <pad> up to L",
-    "last_hidden_state": "(1, L, D+1); transpose to (1, D+1, 1, L) for Unet",
-    "sample": "Latents, standard normal at the start",
-    "timestep": "1000 t, t in [0, 1], 1 = noise",
-    "encoder_hidden_states": "(1, D+1, 1, L): text states, mask in the last channel",
-    "noise_pred": "Velocity: x0 = sample - t * noise_pred",
-    "z": "Normalised latents; scale and shift are inside",
-    "image": "(1, 3, H, W), RGB in [-1, 1]",
-}
 COMPILE = """#!/bin/sh
 # On a Mac with Xcode: compiles the packages, copies what an app needs into compiled/.
 set -e
