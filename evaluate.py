@@ -223,7 +223,7 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
         "fid": inception_fid(renders[:n], drawn, checker.head.weight.device),
     }
     print("\nFrechet distance of {fd_pictures} pictures, checker features: {fd:.3f} (renders "
-          " against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
+          "against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
           "FID on InceptionV3's features (None: torch-fidelity is not installed, or its weights "
           "are not in torch's hub folder): {fid}".format(**found))
     return found
