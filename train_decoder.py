@@ -1,10 +1,9 @@
 """Trains the autoencoder: L1 over a pyramid, squared error, LPIPS, and a patch GAN.
 
     python train_decoder.py --config configs/ae.toml [key=value]    encoder and decoder, on scenes
-    python train_decoder.py --config configs/decoder_sd3.toml       the decoder alone, for SD3's
-                                                                    frozen encoder
-    python train_decoder.py --test DIR [out.png [out.json]]         PSNR on held-out scenes, and a
-                                                                    picture: in, out, difference
+    python train_decoder.py --config configs/decoder_sd3.toml       for SD3's frozen encoder
+    python train_decoder.py --test DIR [out.png [out.json]]         PSNR on held-out scenes
+
 A run resumes by itself and ends in out/final.
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
@@ -142,7 +141,6 @@ class DecoderConfig:
             raise UserError(f"size={self.size} must be a multiple of 8 pixels")
 
 
-# ------------------------------------------------------------------------- pictures
 def pictures_of(folder="", split="train"):
     """picture(i, size) -> uint8 (size, size, 3), of scenes, or of a folder (1 in 20 held out)."""
     if not folder:
@@ -253,7 +251,7 @@ def train_decoder(cfg: DecoderConfig):
     disc_opt = Muon(disc, 2e-4, betas=(0.5, 0.9))
     learner = Learner(learned, opt, cfg.clip, ema)
     disc_learner = Learner(disc, disc_opt, clip=float("inf"))
-    # no "autoencoder" before the end: its scale and shift are not measured, nobody may use it
+    # not yet an "autoencoder" that others may load: scale and shift are measured at the end
     about = {"autoencoder": None, "network": asdict(cfg.autoencoder)}
     run = Run(cfg, device, describe=about, model=learned, ema=ema, optimizer=opt, disc=disc,
               disc_optimizer=disc_opt)
