@@ -258,9 +258,9 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
         cfg, state = sd3_autoencoder_config(file), hub_tensors(folder)
     else:
         config, weights = load_checkpoint(folder)
-        if "autoencoder" not in config:
-            raise UserError(f"{path} is no autoencoder's checkpoint: its config.json has no "
-                            "'autoencoder' table")
+        if not config.get("autoencoder"):
+            raise UserError(f"{path} is no finished autoencoder (its config.json has no "
+                            "'autoencoder' table): one that is trained is in its run's final/")
         cfg = fill(AutoencoderConfig(), config["autoencoder"], str(path))
         state = weights["model"]
     ae = load_into(Autoencoder(cfg), state, str(path))
