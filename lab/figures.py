@@ -7,17 +7,18 @@ samples: what the shipped weights draw.  steps: before and after step distillati
 score: a judged contact sheet.  ae: the autoencoder.  losses: nano's training.  cost: time, memory.
 """
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 from common import ROOT, UserError, friendly, setup
 from decoder import load_autoencoder
+from evaluate import evaluate, parse_evaluation
 from lab import tables
 from model import load_model
 from plots import BLUE, GREY, ORANGE, Line, Panel, chart, losses
 from sample import generate, sampling
+from train_decoder import recon_picture, reconstruct
 
 DOCS = ROOT / "docs"
 BASE, FAST = "assets/scenes", "assets/fast"
@@ -89,23 +90,18 @@ def draw_steps(folder: Path):
     figure.savefig(folder / "steps.png", dpi=80)
 
 
-def run_script(*arguments):
-    """A script of the front, with its own output. UserError where it fails."""
-    status = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT).returncode
-    if status:
-        raise UserError(f"`python {' '.join(map(str, arguments))}` ended with status {status}")
-
-
 def draw_score(folder: Path):
     """evaluate.py's contact sheet: green frames are right, red ones wrong, and what was seen."""
     with tempfile.TemporaryDirectory() as out:
-        run_script("evaluate.py", "--ckpt", FAST, "--prompts", 10, "--each", 1, "--out", out)
+        words = ["--ckpt", FAST, "--prompts", "10", "--each", "1", "--out", out]
+        evaluate(parse_evaluation(words))
         shutil.copy(Path(out) / "score.png", folder / "score.png")
 
 
 def draw_autoencoder(folder: Path):
     """Input, output and their difference x 4, of held-out scenes."""
-    run_script("train_decoder.py", "--test", "assets/ae", folder / "ae.png")
+    pairs = reconstruct(load_autoencoder("assets/ae"), 256, 6)[1]
+    recon_picture(pairs).save(folder / "ae.png")
 
 
 def draw_losses(folder: Path):
@@ -121,12 +117,12 @@ def draw_cost(folder: Path):
 
     batches = [r for r in rows if r["net"] == "UNet" and r["size"] == 256]
     seconds = [(r["batch"], r["s"] / r["batch"]) for r in batches]
-    memory = [(r["batch"], r["peak"] / tables.GiB) for r in batches]
+    memory = [(r["batch"], r["peak"] / 2**30) for r in batches]
     steps = [(r["steps"], r["s"]) for r in rows if r["net"] == "shipped"]
     by_size = [
         Panel(title, "pixels of a side", [Line("379 M UNet", BLUE, against_size("UNet", *unit)),
                                           Line("decoder", ORANGE, against_size("decoder", *unit))])
-        for title, unit in (("seconds", ("s", 1)), ("GiB", ("peak", tables.GiB)))]
+        for title, unit in (("seconds", ("s", 1)), ("GiB", ("peak", 2**30)))]
     chart([*by_size,
            Panel("379 M UNet, 256 px", "batch", [Line("seconds a picture", BLUE, seconds),
                                                  Line("GiB", GREY, memory)]),
