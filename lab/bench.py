@@ -27,7 +27,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from common import ROOT, UserError, autocast, friendly, provenance, read_config, setup, use_bfloat16
-from costs import forward_flops, matmul_speed
+from costs import caption_tokens, dummy_inputs, forward_flops, matmul_speed, training_flops
 from data import Batch, Batches, scenes_of
 from decoder import load_autoencoder
 from lab import tables
@@ -40,9 +40,8 @@ from text import Text, load_vocabulary
 from train import FlowObjective, TrainConfig
 
 H200, H200_BYTES = 989e12, 4.8e12   # FLOP/s in bfloat16, bytes/s of its memory: its data sheet
-# config, pictures a step, text tokens
-ON_GPU = (("configs/base.toml", 256, 16), ("configs/t2i_256.toml", 64, 333))
-ON_CPU = (("configs/nano.toml", 48, 16), ("configs/base.toml", 4, 16))
+ON_GPU = (("configs/base.toml", 256), ("configs/t2i_256.toml", 64))     # and pictures a step
+ON_CPU = (("configs/nano.toml", 48), ("configs/base.toml", 4))
 CAPTION = "a red car to the left of a blue dog"
 
 
@@ -225,10 +224,10 @@ def mmdit_of_equal_flops(network, size: int, tokens: int) -> MMDiTConfig:
     return min(found)[2]
 
 
-def unet_and_mmdit(path: str, tokens: int) -> tuple[TrainConfig, dict]:
+def unet_and_mmdit(path: str) -> tuple[TrainConfig, dict]:
     """The config, its UNet, and an MMDiT of as many FLOPs."""
     cfg = read_config(TrainConfig(), ["--config", path])
-    mmdit = mmdit_of_equal_flops(cfg.network, cfg.data.size, tokens)
+    mmdit = mmdit_of_equal_flops(cfg.network, cfg.data.size, caption_tokens(cfg.text))
     return cfg, {"UNet": cfg.network, "MMDiT": mmdit}
 
 
@@ -252,11 +251,7 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
         for module in net.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.register_forward_hook(count)
-        x = torch.empty(batch, network.in_channels, size // 8, size // 8)
-        emb = torch.empty(batch, tokens, network.context_dim)
-        mask = torch.ones(batch, tokens, dtype=torch.bool)
-        extra = [emb.mean(1)] if isinstance(network, MMDiTConfig) else []
-        net(x, torch.empty(batch), emb, mask, *extra)
+        net(**dummy_inputs(network, batch, size, tokens))
     work = batch * forward_flops(network, size, tokens) / H200
     return 3 * work, 3 * (work - sum(kernels) + sum(seconds))
 
@@ -267,7 +262,7 @@ class TrainingStep:
     Latents are noise; states of frozen text encoders are given. `peak`: bytes that it takes.
     """
 
-    def __init__(self, cfg: TrainConfig, network, batch: int, tokens: int, device):
+    def __init__(self, cfg: TrainConfig, network, batch: int, device):
         reset_memory(device)
         before = memory_in_use(device)[0]
         self.device, self.amp = device, use_bfloat16(cfg.amp, device)
@@ -280,17 +275,17 @@ class TrainingStep:
         self.run = torch.compile(objective) if compiled else objective
         side = cfg.data.size // 8
         x0, self.eps = torch.randn(2, batch, network.in_channels, side, side, device=device)
-        self.batch = Batch(x0, self.text_of(cfg, network, batch, tokens)).to(device)
+        self.batch = Batch(x0, self.text_of(cfg, network, batch)).to(device)
         self.t = torch.rand(batch, device=device)
         for _ in range(2):
             seconds_of(self, device)
         self.peak = memory_in_use(device)[1] - before
 
-    def text_of(self, cfg, network, batch: int, tokens: int):
+    def text_of(self, cfg, network, batch: int):
         if cfg.text.kind == "own":
             return self.net.vocabulary.tokenize([CAPTION] * batch)
-        emb = torch.randn(batch, tokens, cfg.text.width)
-        mask = torch.ones(batch, tokens, dtype=torch.bool)
+        emb = torch.randn(batch, caption_tokens(cfg.text), cfg.text.width)
+        mask = torch.ones(emb.shape[:2], dtype=torch.bool)
         return Text(emb, mask, emb.mean(1) if isinstance(network, MMDiTConfig) else None)
 
     @torch.inference_mode(False)
@@ -302,10 +297,10 @@ class TrainingStep:
         self.learner.step()
 
 
-def training_rows(path: str, batch: int, tokens: int, rounds: int, device) -> list[dict]:
+def training_rows(path: str, batch: int, rounds: int, device) -> list[dict]:
     """The UNet and the MMDiT in turns."""
-    cfg, nets = unet_and_mmdit(path, tokens)
-    steps = {k: TrainingStep(cfg, net, batch, tokens, device) for k, net in nets.items()}
+    cfg, nets = unet_and_mmdit(path)
+    steps = {k: TrainingStep(cfg, net, batch, device) for k, net in nets.items()}
     amp, taken, peaks = steps["UNet"].amp, {name: [] for name in steps}, []
     for _ in range(rounds + 2):
         for name, step in steps.items():
@@ -314,18 +309,18 @@ def training_rows(path: str, batch: int, tokens: int, rounds: int, device) -> li
     rows, peak = [], statistics.median(peaks)
     for name, step in steps.items():
         speed = batch / statistics.median(taken[name])
-        flops = 3 * forward_flops(nets[name], cfg.data.size, tokens, step.net.text)
+        flops = 3 * forward_flops(nets[name], cfg.data.size, caption_tokens(cfg.text), cfg.text)
         rows.append({"config": path, "net": name, "params": step.params, "batch": batch,
                      "amp": "bfloat16" if amp else "float32", "flops": flops,
                      "img_s": speed, "mfu": speed * flops / peak, "peak": step.peak})
     return rows
 
 
-def floor_rows(path: str, batch: int, tokens: int) -> list[dict]:
-    cfg, nets = unet_and_mmdit(path, tokens)
+def floor_rows(path: str, batch: int) -> list[dict]:
+    cfg, nets = unet_and_mmdit(path)
     rows = []
     for name, network in nets.items():
-        work, least = training_floor(network, cfg.data.size, tokens, batch)
+        work, least = training_floor(network, cfg.data.size, caption_tokens(cfg.text), batch)
         rows.append({"config": path, "net": name, "batch": batch, "work_s": work,
                      "least_s": least})
     return rows
@@ -362,9 +357,8 @@ def measure_loading(args, device) -> dict:
             k += 1
         wait_for(device)
         found[name] = k * cfg.batch / (time.perf_counter() - begin)
-    text = TextToLatents(cfg.network, cfg.text).text
-    flops = 3 * forward_flops(cfg.network, cfg.data.size, 16, text)
-    return {"config": "configs/base.toml", **found, "eats": 0.35 * H200 / flops, "mfu": 0.35}
+    return {"config": "configs/base.toml", **found, "eats": 0.35 * H200 / training_flops(cfg),
+            "mfu": 0.35}
 
 
 # ------------------------------------------------------------------------- scaling
