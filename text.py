@@ -10,6 +10,7 @@ in SnapGen (docs/PAPER.md, section 3), CLIP-L + CLIP-bigG + T5-XXL as in SD3, an
 class names.
 """
 import base64
+import bisect
 import functools
 import gc
 import random
@@ -68,7 +69,9 @@ class Vocabulary:
     def __init__(self, data: bytes, pattern: str = PATTERN, source="the vocabulary"):
         try:
             lines = [line.split() for line in data.decode().splitlines()]
-            ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
+            ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+            if set(ranks.values()) != set(range(max(256, len(lines)))):
+                raise ValueError("it lacks tokens")
         except ValueError as e:
             raise UserError(f"{source} is damaged ({e}): restore it with git") from None
         self.data, self.pattern = data, pattern
@@ -101,9 +104,13 @@ class Vocabulary:
 
     def shorten(self, caption: str, max_tokens: int) -> str:
         """The longest beginning of the caption, in whole words, that fits in max_tokens."""
-        while len(self.ids_of(caption)) > max_tokens:
-            caption = " ".join(caption.split()[:-1])
-        return caption
+        words = caption.split()
+
+        def length(n):
+            return len(self.ids_of(" ".join(words[:n])))
+        if length(len(words)) <= max_tokens:
+            return caption
+        return " ".join(words[:bisect.bisect(range(len(words)), max_tokens, key=length) - 1])
 
     def spell(self, ids) -> str:
         """The caption that these ids spell, without <end> and <pad>."""
@@ -138,8 +145,7 @@ def train_bpe(captions: list[str], size: int) -> bytes:
         tokens.append(a + b)
         for word, parts in split.items():
             split[word] = merge_pair(parts, a, b)
-    lines = [f"{base64.b64encode(t).decode()} {i}\n" for i, t in enumerate(tokens)]
-    return "".join(lines).encode()
+    return b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
 
 
 def merge_pair(parts: list[bytes], a: bytes, b: bytes) -> list[bytes]:
@@ -243,9 +249,7 @@ SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"),
 
 def parts_of(cfg: TextConfig, widths: dict | None = None) -> dict:
     """{encoder: (first row, last row, first column, last column)} of its states in the joined ones.
-
-    The CLIPs share 77 rows, each with columns of its own; Gemma or T5 has rows of its own. widths:
-    those that differ from the published ones."""
+    The CLIPs share 77 rows, Gemma or T5 has rows of its own. widths: where not the published."""
     parts, column = {}, 0
     for name in SETS[cfg.kind]:
         D = (widths or {}).get(name) or SOURCES[name].width
@@ -258,8 +262,7 @@ def parts_of(cfg: TextConfig, widths: dict | None = None) -> dict:
 
 
 class Encoders:
-    """Frozen encoders: `encode` turns captions into a Text. `release()` frees their memory, and so
-    does leaving a `with` block."""
+    """Frozen encoders. `release()`, or leaving a `with` block, frees their memory."""
 
     def __init__(self, cfg: TextConfig, device):
         names = SETS.get(cfg.kind, ())
@@ -280,8 +283,8 @@ class Encoders:
         self.pooled_dims |= {n: configs[n].projection_dim for n in names[:2] if n in configs}
         _, self.length, _, self.width = self.parts[names[-1]]
         if cfg.width != self.width:
-            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}: set "
-                            f"text.width to that (and the context_dim), it is {cfg.width}")
+            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}, "
+                            f"text.width is {cfg.width}: set it and the context_dim to that")
 
     def load(self, name: str):
         """(tokenizer, model) of one encoder. UserError says in one line what to download."""
@@ -404,9 +407,8 @@ def load_encoders(cfg: TextConfig, device="auto") -> Encoders:
 
 def drop_encoders(text: Text, parts: dict, generator: torch.Generator, p: float = 0.464) -> Text:
     """Blanks each encoder's states with chance p, independently in each caption, so that any
-    subset will do when sampling (SD3: 46.4 %, so that one in ten has none).
-
-    Tokens that are left without states are masked. parts: parts_of(cfg)."""
+    subset will do when sampling (SD3: 46.4 %, so that one in ten has none). parts: parts_of(cfg).
+    Tokens that are left without states are masked."""
     B = len(text.emb)
     emb, covered = text.emb.clone(), torch.zeros_like(text.mask)
     for top, bottom, left, right in parts.values():
