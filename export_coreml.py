@@ -350,7 +350,7 @@ def export(a):
     print(f"{out} is ready")
 
 
-def main(argv):
+def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
     p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
@@ -364,8 +364,12 @@ def main(argv):
     p.add_argument("--target", choices=("coreml", "coreai"), default="coreml",
                    help="coreai: for iOS 27 by Apple's coreai-torch (coreml/coreai.py)")
     p.add_argument("--ios", type=int, choices=(17, 18), default=18)
+    return p.parse_args(argv)
+
+
+def main(argv):
     try:
-        export(p.parse_args(argv))
+        export(parse(argv))
     except CheckError as e:
         raise UserError(str(e)) from None
 

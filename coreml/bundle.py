@@ -67,7 +67,7 @@ class Bundle:
         states = [self.run("TextEncoder", input_ids=row[None]) for row in ids]
         return Text(torch.cat(states), F.pad(mask, padding))                        # (B, L, D+1)
 
-    def __call__(self, x, t, emb, mask):
+    def __call__(self, x, t, emb, mask, pooled=None):
         """The UNet, picture by picture: with guidance two calls a step. The mask is in emb."""
         states = emb.transpose(1, 2)[:, :, None].contiguous()                       # (B, D+1, 1, L)
         velocities = [

@@ -55,14 +55,14 @@ def palette(weight, bits: int):
     """The best table of 2**bits values for a tensor, and the weights' indices in it.
 
     One-dimensional k-means (Lloyd) on the histogram: fp16 has at most 65,536 values. coremltools'
-    own "kmeans" finds tables as good, but wants scikit-learn and takes five times as long here.
+    own "kmeans" finds tables as good, but wants scikit-learn and 4 to 19 times as long.
     """
-    flat = weight.astype(np.float32).ravel()
+    flat, k = weight.astype(np.float32).ravel(), 2 ** bits
     values, index, count = np.unique(flat, return_inverse=True, return_counts=True)
-    k = min(2 ** bits, len(values))
+    if len(values) <= k:
+        return np.pad(values, (0, k - len(values)), mode="edge").astype(weight.dtype), index
     # many centres want a density of p ** (1/3) (Panter & Dite 1951): a good start
-    gaps = np.gradient(values.astype(np.float64)) if k > 1 else np.ones(1)
-    share = count ** (1 / 3) * gaps ** (2 / 3)
+    share = count ** (1 / 3) * np.gradient(values.astype(np.float64)) ** (2 / 3)
     centres = np.interp((np.arange(k) + 0.5) / k * share.sum(), share.cumsum() - share / 2, values)
     for _ in range(40):
         nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
@@ -70,8 +70,7 @@ def palette(weight, bits: int):
         total = np.bincount(nearest, count * values.astype(np.float64), k)
         centres = np.where(n > 0, total / np.maximum(n, 1), centres)
     nearest = np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
-    table = np.pad(centres, (0, 2 ** bits - k), mode="edge").astype(weight.dtype)
-    return table, nearest[index].astype(np.uint8)
+    return centres.astype(weight.dtype), nearest[index].astype(np.uint8)
 
 
 def compress(model, bits: int):
