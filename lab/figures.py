@@ -10,26 +10,25 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from textwrap import fill
 
 from common import ROOT, UserError, friendly, setup
 from decoder import load_autoencoder
 from evaluate import evaluate, parse_evaluation
 from lab import tables
+from lab.compare import held_out_captions
 from model import load_model
-from plots import BLUE, GREY, ORANGE, Line, Panel, chart, losses
+from plots import BLUE, ORANGE, Line, Panel, chart, losses
 from sample import generate, sampling
+from scenes import CATEGORIES
 from train_decoder import recon_picture, reconstruct
 
 DOCS = ROOT / "docs"
 BASE, FAST = "assets/scenes", "assets/fast"
 STEPS = {BASE: (1, 2, 4, 8, 28), FAST: (1, 2, 4)}
-PROMPTS = (     # of the six categories; all but the plain nouns were never trained on
+PROMPTS = (     # of the six categories; all but the plain noun were never trained on
     "a shoe against a red wall", "a penguin and a clock on the beach", "2 cats", "a white rocket",
     "a carrot to the right of the mug", "a green tractor and a red elephant")
-SAMPLES = (
-    "a panda", "a snail on snow", "a rocket and a tree", "4 guitars", "a purple mushroom",
-    "a fox to the left of a house", "a teapot", "a bee against a blue wall", "a robot and a donut",
-    "3 fish on the beach", "a green balloon", "a mushroom under the bee")
 
 
 def draw_prompts(ckpt: str, prompts, steps=None) -> list:
@@ -43,35 +42,35 @@ def draw_prompts(ckpt: str, prompts, steps=None) -> list:
 def show(ax, picture, title="", label=""):
     ax.imshow(picture, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
-    ax.set_title(title, fontsize=9, wrap=True)
-    ax.set_ylabel(label, fontsize=8, rotation=0, ha="right", va="center", wrap=True)
+    ax.set_title(title, fontsize=9)
+    ax.set_ylabel(fill(label, 20), fontsize=9, rotation=0, ha="right", va="center")
     for side in ax.spines.values():
         side.set_visible(False)
 
 
 def draw_samples(folder: Path):
+    """Held-out prompts, a column for each of the six categories, in 4 steps."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(10, 3.9), layout="constrained")
-    axes = figure.subplots(2, 6).flat
-    for ax, picture, prompt in zip(axes, draw_prompts(FAST, SAMPLES), SAMPLES):
-        show(ax, picture, prompt)
+    prompts = held_out_captions(load_model(FAST)[1]["data"], 2)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(2, len(CATEGORIES)).flat
+    for ax, picture, prompt in zip(axes, draw_prompts(FAST, prompts), prompts):
+        show(ax, picture, fill(prompt, 22))
     figure.savefig(folder / "samples.png", dpi=100)
 
 
 def draw_steps(folder: Path):
-    """Rows: prompts. Columns: steps of the base and of the distilled model. Below: their scores."""
+    """Rows: prompts. Columns: both models, and their steps. Below: their scores."""
     from matplotlib.figure import Figure
     columns = [(ckpt, steps) for ckpt in (BASE, FAST) for steps in STEPS[ckpt]]
-    figure = Figure(figsize=(9.6, 9.6), layout="constrained")
+    figure = Figure(figsize=(10, 9.2), layout="constrained")
     top, below = figure.subfigures(2, 1, height_ratios=(3, 1))
     axes = top.subplots(len(PROMPTS), len(columns))
     for column, (ckpt, steps) in enumerate(columns):
         name = "base" if ckpt == BASE else "distilled"
         for row, picture in enumerate(draw_prompts(ckpt, PROMPTS, steps)):
-            title = f"{name}\n{steps} step{'s' * (steps > 1)}" if row == 0 else ""
-            label = PROMPTS[row].replace(" and ", "\nand ").replace(" to ", "\nto ")
-            label = label.replace(" on ", "\non ").replace(" against ", "\nagainst ")
-            show(axes[row, column], picture, title, "" if column else label)
+            title = f"{name}\n{steps} steps" if row == 0 else ""
+            show(axes[row, column], picture, title, "" if column else PROMPTS[row])
     ax = below.subplots()
     for ckpt, label, colour in ((BASE, "base, guidance 4", ORANGE),
                                 (FAST, "distilled, no guidance", BLUE)):
@@ -109,25 +108,18 @@ def draw_losses(folder: Path):
 
 
 def draw_cost(folder: Path):
-    """Seconds and GiB against the picture's side and the batch, seconds against the steps."""
+    """Seconds and GiB against the picture's side."""
     rows = tables.read_result(tables.RESULTS, "bench_scaling")["rows"]
-
-    def against_size(net: str, key: str, unit: float) -> list[tuple]:
-        return [(r["size"], r[key] / unit) for r in rows if r["net"] == net and r["batch"] == 1]
-
-    batches = [r for r in rows if r["net"] == "UNet" and r["size"] == 256]
-    seconds = [(r["batch"], r["s"] / r["batch"]) for r in batches]
-    memory = [(r["batch"], r["peak"] / 2**30) for r in batches]
-    steps = [(r["steps"], r["s"]) for r in rows if r["net"] == "shipped"]
-    by_size = [
-        Panel(title, "pixels of a side", [Line("379 M UNet", BLUE, against_size("UNet", *unit)),
-                                          Line("decoder", ORANGE, against_size("decoder", *unit))])
-        for title, unit in (("seconds", ("s", 1)), ("GiB", ("peak", 2**30)))]
-    chart([*by_size,
-           Panel("379 M UNet, 256 px", "batch", [Line("seconds a picture", BLUE, seconds),
-                                                 Line("GiB", GREY, memory)]),
-           Panel("shipped model, 64 px, guided", "steps", [Line("seconds", BLUE, steps)])],
-          folder / "scaling_cost.png")
+    panels = []
+    for title, key, unit in (("seconds", "s", 1), ("GiB", "peak", 2**30)):
+        lines = []
+        for net, label, colour in (("UNet", "379 M UNet, one evaluation", BLUE),
+                                   ("decoder", "tiny decoder", ORANGE)):
+            points = [(r["size"], r[key] / unit) for r in rows
+                      if r["net"] == net and r["batch"] == 1]
+            lines.append(Line(label, colour, points))
+        panels.append(Panel(title, "pixels of a side", lines))
+    chart(panels, folder / "scaling_cost.png")
 
 
 FIGURES = {"samples": draw_samples, "steps": draw_steps, "score": draw_score,
