@@ -1,4 +1,4 @@
-"""Fills the tables of docs/RESULTS.md and docs/BENCH.md from docs/results/*.json.
+"""Fills the tables of README.md, docs/RESULTS.md and docs/BENCH.md from docs/results/*.json.
 
     python -m lab.tables                 all of them, in place
     python -m lab.tables few_steps       prints one
@@ -16,7 +16,7 @@ from common import ROOT, UserError, friendly
 from scenes import CATEGORIES
 
 RESULTS = ROOT / "docs/results"
-PAGES = ("docs/RESULTS.md", "docs/BENCH.md")
+PAGES = ("README.md", "docs/RESULTS.md", "docs/BENCH.md")
 BASE, FAST = "assets/scenes", "assets/fast"      # before and after step distillation
 
 GENEVAL = {     # the paper's table: GenEval in the order of CATEGORIES, the mean, DPG-Bench
