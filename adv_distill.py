@@ -39,7 +39,6 @@ from sample import euler, generate, sampling, times
 from text import Text, Tokens
 from train import FlowConfig, Validation, draw_times, flow_loss, load_data, shown_prompts
 
-
 @dataclass
 class AdvConfig(DistillConfig):
     out: str = "runs/adv_nano"
@@ -77,18 +76,15 @@ class AdvConfig(DistillConfig):
             raise UserError("featkd and accumulate are distill.py's: leave them out here (a larger "
                             "batch serves for accumulate)")
 
-
 # ---------------------------------------------------------------------------- the generator
 def noised(x0, t, g):
     """x_t with fresh noise: (B, C, H, W), t (B,)."""
     a = t[:, None, None, None]
     return (1 - a) * x0 + a * torch.randn(x0.shape, generator=g, device=x0.device)
 
-
 def predict(net, x, t, text: Tokens | Text):
     """x0 in one evaluation."""
     return x - t[:, None, None, None] * net(x, t, text).float()
-
 
 @torch.no_grad()
 def simulated(net, walk, k, shape, text, g, sampler="renoise"):
@@ -106,7 +102,6 @@ def simulated(net, walk, k, shape, text, g, sampler="renoise"):
         x = x.index_copy(0, on, after)
     return x
 
-
 def teacher_velocity(teacher, x, t, text: Text, steps: int):
     """The velocity from x_t straight to the x0 of so many Euler steps of the teacher."""
     a = t[:, None, None, None]
@@ -114,13 +109,11 @@ def teacher_velocity(teacher, x, t, text: Text, steps: int):
     x0 = euler(lambda y, s: teacher(y, s.flatten(), text)[0].float(), x, walk)
     return (x - x0) / a                                         # (B, C, H, W)
 
-
 # ---------------------------------------------------------------------------- the discriminator
 class Head(nn.Module):
     """Features (B, D, h, w), condition (B, W) -> a logit for each place (B, h w).
 
-    The condition enters as a projection (Miyato and Koyama 2018).
-    """
+    The condition enters as a projection (Miyato and Koyama 2018)."""
 
     def __init__(self, D, W):
         super().__init__()
@@ -134,12 +127,10 @@ class Head(nn.Module):
         agreement = (y * c[:, :, None, None]).mean(1)           # (B, h, w)
         return (self.out(y)[:, 0] + agreement).flatten(1).float()
 
-
 class Critic(nn.Module):
     """Heads on the features of a frozen denoiser, a distill.Teacher, through which gradients pass.
 
-    The heads are trained and kept; a Teacher is no module, so that it is neither.
-    """
+    The heads are trained and kept; a Teacher is no module, so that it is neither."""
 
     def __init__(self, cfg: AdvConfig, frozen: Teacher):
         super().__init__()
@@ -169,7 +160,6 @@ class Critic(nn.Module):
         mean = (text.emb.float() * weight).sum(1) / weight.sum(1)
         return self.embed(torch.cat([angle.cos(), angle.sin(), mean], -1))      # (B, W)
 
-
 # what D minimises on real and on fake logits, and what G minimises
 FORMS = {
     # the minimax game itself: log D(x) + log(1 - D(x~))
@@ -179,30 +169,24 @@ FORMS = {
     "hinge": (lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f),
 }
 
-
 def over_heads(form, logits):
     """Mean over places, then over heads: (B,)."""
     return torch.stack([form(x).mean(1) for x in logits]).mean(0)
-
 
 def critic_loss(kind, real, fake):
     on_real, on_fake, _ = FORMS[kind]
     return over_heads(on_real, real) + over_heads(on_fake, fake)
 
-
 def generator_loss(kind, fake):
     return over_heads(FORMS[kind][2], fake)
-
 
 def r1_penalty(critic, x, t, text, real, sigma: float, g):
     """E |D(x + sigma n) - D(x)|^2 / sigma^2, about the squared gradient of a logit: (B,).
 
-    Approximate R1 (Lin et al. 2025): no second derivative through the features.
-    """
+    Approximate R1 (Lin et al. 2025): no second derivative through the features."""
     near = critic(x + sigma * torch.randn(x.shape, generator=g, device=x.device), t, text)
     squares = [(a - b).square().mean(1) for a, b in zip(near, real)]
     return torch.stack(squares).mean(0) / sigma**2
-
 
 # ---------------------------------------------------------------------------- distribution matching
 @torch.no_grad()
@@ -210,15 +194,13 @@ def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
     """The gradient on G's prediction x0 (DMD2, eq. 3): (B, C, H, W).
 
     It is what the fake score's x0 is more than the guided real one's, over the latter's mean
-    distance from x0; divided by C H W, as the gradient of a mean over places is.
-    """
+    distance from x0; divided by C H W, as the gradient of a mean over places is."""
     x = noised(x0, t, g)
     a = t[:, None, None, None]
     real = x - a * teacher(x, t, teacher_states)[0].float()
     false = x - a * fake(x, t, text).float()
     distance = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
     return (false - real) / distance / x0[0].numel()
-
 
 # ---------------------------------------------------------------------------- the players
 class Game:
@@ -363,7 +345,6 @@ class Game:
             return losses["kd"].mean(), values
         return self.mixed.scaled(task, losses, t)[0].mean(), values
 
-
 def fake_score(cfg: AdvConfig, net, device):
     """The network that learns what G makes: from the real score's weights where it fits (DMD2)."""
     fake = copy.deepcopy(net)
@@ -373,10 +354,8 @@ def fake_score(cfg: AdvConfig, net, device):
             fake = theirs
     return fake.requires_grad_(True).train()
 
-
 # ---------------------------------------------------------------------------- the loop
 SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator", "lr")
-
 
 def distil(cfg: AdvConfig):
     device, rank, world = setup(cfg.device)
@@ -426,7 +405,6 @@ def distil(cfg: AdvConfig):
         print(f"done: {run.out}/final, samples_{run.step:07d}.png, health.png; try "
               f"`python sample.py \"a red car\" --ckpt {run.out}`")
 
-
 def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation, prompts, few):
     """The averaged student in K steps: its grid, its health, its flow loss."""
     net = game.net
@@ -451,13 +429,11 @@ def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation
         print(f"step {run.step}: {line}", flush=True)
     plots.health(run.out / "log.csv", run.out / "health.png")
 
-
 def main(argv):
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
     cfg = read_config(AdvConfig(), argv, "configs/adv_nano.toml")
     make_cache(cfg, teacher_text(cfg)) if make else distil(cfg)
-
 
 if __name__ == "__main__":
     with friendly():

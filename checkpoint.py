@@ -39,7 +39,6 @@ from optim import EMA, Muon
 
 VERSION = "0.2.0"
 
-
 # ---------------------------------------------------------------------------- writing
 def crc32(path: Path) -> int:
     value = 0
@@ -47,7 +46,6 @@ def crc32(path: Path) -> int:
         while chunk := f.read(1 << 22):
             value = zlib.crc32(chunk, value)
     return value
-
 
 def sync(path: Path):
     """Flushes a file, or a directory's entries, to the disk."""
@@ -58,7 +56,6 @@ def sync(path: Path):
         os.fsync(fd)
     finally:
         os.close(fd)
-
 
 def write_whole(path: Path, save):
     """Calls save(temporary path), then puts the file in place: all of it or nothing."""
@@ -74,14 +71,12 @@ def write_whole(path: Path, save):
     finally:
         temporary.unlink(missing_ok=True)
 
-
 @contextlib.contextmanager
 def replacing(path, latest: bool = True):
     """Yields a temporary directory, which takes the place of `path` when the block ends.
 
     All or nothing: what was saved before stays until then. latest: the run's pointer then names it.
-    UserError where the disk is full.
-    """
+    UserError where the disk is full."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     old = path.with_name(path.name + ".old")
@@ -109,12 +104,10 @@ def replacing(path, latest: bool = True):
                             "whole; free some space and resume") from e
         raise
 
-
 def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, files=None):
     """Writes {name}.safetensors for each entry of `tensors`, and config.json, all or nothing.
 
-    tensors: {name: {key: tensor}}; files: {file name: bytes}, further files of the checkpoint.
-    """
+    tensors: {name: {key: tensor}}; files: {file name: bytes}, further files of the checkpoint."""
     with replacing(path, latest) as folder:
         sums = {}
         for name, state in tensors.items():
@@ -127,13 +120,11 @@ def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, file
         text = json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1)
         write_whole(folder / "config.json", lambda file: file.write_text(text))
 
-
 # ---------------------------------------------------------------------------- reading
 def resolve(path) -> Path:
     """A checkpoint's directory, or a run's (then the one that `latest` names).
 
-    Relative to the working directory, else to the repository.
-    """
+    Relative to the working directory, else to the repository."""
     path = Path(path).expanduser()
     if not path.exists() and (ROOT / path).exists():
         path = ROOT / path                                  # "assets/ae" from any directory
@@ -151,7 +142,6 @@ def resolve(path) -> Path:
                         "model.safetensors")
     return path
 
-
 def read_description(path: Path) -> dict:
     """A checkpoint's config.json."""
     file = path / "config.json"
@@ -166,7 +156,6 @@ def read_description(path: Path) -> dict:
         raise UserError(f"{file} is damaged (no table of settings): use an older checkpoint")
     return config
 
-
 def check_file(path: Path, config: dict, name: str) -> Path:
     """The file `name` of a checkpoint. UserError where it is missing or its checksum differs."""
     file = path / name
@@ -179,7 +168,6 @@ def check_file(path: Path, config: dict, name: str) -> Path:
                         "checkpoint of the run")
     return file
 
-
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as f:
@@ -188,12 +176,10 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise UserError(f"{file} is damaged or half-written ({e}): copy it again, or use an older "
                         "checkpoint") from None
 
-
 def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
     """(config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
 
-    UserError where a file is missing, cut short or altered.
-    """
+    UserError where a file is missing, cut short or altered."""
     path = resolve(path)
     config = read_description(path)
     state = {}
@@ -203,13 +189,11 @@ def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
             state[name] = read_tensors(check_file(path, config, file))
     return config, state
 
-
 def hub_folder(source, inside: str, get: str = "") -> Path:
     """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself.
 
     What is no directory is taken for a hub id, and downloaded. `get` is added to the error: what to
-    download, how large it is, where to put it.
-    """
+    download, how large it is, where to put it."""
     folder = Path(source).expanduser()
     if not folder.exists():
         try:
@@ -223,7 +207,6 @@ def hub_folder(source, inside: str, get: str = "") -> Path:
                             f"models `hf auth login`{'; ' * bool(get)}{get}") from None
     return folder / inside if (folder / inside).is_dir() else folder
 
-
 def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of diffusion_pytorch_model*.safetensors; fp16 files only where no others are."""
     files = sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
@@ -236,7 +219,6 @@ def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
         state |= read_tensors(file)
     return state
 
-
 def check_fit(own: dict, state: dict, what: str):
     """UserError names the first key in which two {key: shape} differ."""
     missing = sorted(own.keys() - state.keys())
@@ -247,22 +229,19 @@ def check_fit(own: dict, state: dict, what: str):
         raise UserError(f"{what} does not fit its config, first in '{first}' ({len(missing)} "
                         f"missing, {len(extra)} unknown, {len(wrong)} of another shape)")
 
-
 def check_finite(state: dict, what: str):
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
     if bad:
         raise UserError(f"{what} holds values that are not finite (first in '{bad[0]}'): use an "
                         "older checkpoint")
 
-
-def load_into(module: torch.nn.Module, state: dict, what: str):
-    """load_state_dict that names the first difference, or the first NaN, in one line."""
+def load_into(module, state: dict, what: str):
+    """A module's or EMA's load_state_dict that names the first difference, or the first NaN."""
     own = {k: v.shape for k, v in module.state_dict().items()}
     check_fit(own, {k: v.shape for k, v in state.items()}, what)
     check_finite(state, what)
     module.load_state_dict(state)
     return module
-
 
 # ---------------------------------------------------------------------------- runs
 class Run:
@@ -272,8 +251,7 @@ class Run:
     file of the checkpoint. describe: further entries of config.json; files: {name: bytes}, further
     files of the checkpoint; shown: keys of the printed line, all scalars by default.
     UserError where cfg.out holds a run of another stage, or one with more steps than cfg.steps:
-    nothing that is finished is replaced by less.
-    """
+    nothing that is finished is replaced by less."""
 
     def __init__(self, cfg, device, rank=0, world=1, describe=None, files=None, shown=(), **parts):
         self.cfg = cfg
@@ -304,12 +282,11 @@ class Run:
         config, state = load_checkpoint(self.out, list(self.parts))
         where = f"{self.out} (resume)"
         if config.get("stage") != self.describe["stage"]:
-            raise UserError(f"{self.out} is a run of another stage ({config.get('stage')}): give "
-                            "another out=")
+            raise UserError(f"{self.out} is a run of {config.get('stage')}: give another out=")
         if config["step"] > self.cfg.steps:
-            raise UserError(f"{self.out} has {config['step']} steps done and steps="
-                            f"{self.cfg.steps} asks for fewer: it is left as it is; ask for more, "
-                            "or give another out=")
+            raise UserError(f"{self.out} has {config['step']} steps done, steps={self.cfg.steps} "
+                            "asks for fewer: it is left as it is; ask for more, or give another "
+                            "out=")
         for name, part in self.parts.items():
             if name not in state:
                 raise UserError(f"{self.out} was trained without its {name}: resume with the "
@@ -317,13 +294,10 @@ class Run:
             if isinstance(part, Muon):
                 check_finite(state[name], where)
                 part.load_tensors(state[name], where)
-            elif isinstance(part, EMA):
-                own = {k: v.shape for k, v in part.state_dict().items()}
-                check_fit(own, {k: v.shape for k, v in state[name].items()}, where)
-                check_finite(state[name], where)
-                part.load_state_dict(state[name], config["ema_steps"])
             else:
                 load_into(part, state[name], where)
+            if isinstance(part, EMA):
+                part.count.fill_(config["ema_steps"])
         self.step = config["step"]
 
     def steps(self):
@@ -352,8 +326,7 @@ class Run:
 
         `step 1200/20000 (6%) | loss 0.5123 | lr 2.0e-04 | 412 img/s | eta 41m`
         Tensors stay on the device until then. Vectors are columns k0, k1, .. of log.csv alone
-        (nan: no value in this step). Numbers are taken as they are.
-        """
+        (nan: no value in this step). Numbers are taken as they are."""
         self.pictures += pictures * self.world
         for key, value in values.items():
             is_tensor = isinstance(value, torch.Tensor)
@@ -413,26 +386,24 @@ class Run:
 
     def save(self):
         """checkpoint/ with all parts, from the first process."""
-        if not self.main:
-            return
         config = {**self.describe, "step": self.step}
         tensors = {}
         for name, part in self.parts.items():
             tensors[name] = part.tensors() if isinstance(part, Muon) else part.state_dict()
             if isinstance(part, EMA):
-                config["ema_steps"] = part.steps
-        save_checkpoint(self.out / "checkpoint", tensors, config, files=self.files)
+                config["ema_steps"] = int(part.count)
+        if self.main:
+            save_checkpoint(self.out / "checkpoint", tensors, config, files=self.files)
 
     def finish(self, final: dict, describe=None) -> bool:
         """Writes final/, weights in fp16, where all steps are done. False after SIGTERM."""
         if self.step < self.cfg.steps:
             self.save()
             if self.main:
-                print(f"stopped by SIGTERM, saved at step {self.step}: run the same command to go "
-                      "on", flush=True)
+                print(f"stopped by SIGTERM at step {self.step}: run the same command to go on")
             return False
-        check_finite(final, f"the network of {self.out}")
         half = {k: v.half() if v.is_floating_point() else v for k, v in final.items()}
+        check_finite(half, f"the network of {self.out} in fp16")
         config = {**self.describe, "step": self.step, **(describe or {})}
         if self.main:
             save_checkpoint(self.out / "final", {"model": half}, config, False, self.files)

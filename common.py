@@ -21,11 +21,9 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
 
-
 # ---------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Bad input. The message says in one line what is wrong and how to mend it."""
-
 
 @contextlib.contextmanager
 def friendly():
@@ -45,23 +43,19 @@ def friendly():
         if dist.is_initialized():
             dist.destroy_process_group()
 
-
 def is_disk_full(e: Exception) -> bool:
     """safetensors gives no errno, only the words."""
     return any(s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
-
 
 # ---------------------------------------------------------------------------- config
 def option(default, low=None, high=None, above=None, choices=None):
     """A dataclass field and its bounds: low and high inclusive, above exclusive; or its choices.
 
-    In a list each entry is checked. Every number must be finite, with or without bounds.
-    """
+    In a list each entry is checked. Every number must be finite, with or without bounds."""
     allowed = {"low": low, "high": high, "above": above, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=allowed)
     return dataclasses.field(default=default, metadata=allowed)
-
 
 def fill(obj, values: dict, where: str = "config", prefix: str = ""):
     """Sets the fields of a nested dataclass from a dict, and returns it.
@@ -85,7 +79,6 @@ def fill(obj, values: dict, where: str = "config", prefix: str = ""):
             setattr(obj, key, value)
     return obj
 
-
 def typed(value, old, name: str, where: str):
     """`value` in the type of the field's present value `old`, or a UserError."""
     if isinstance(old, float) and type(value) is int:
@@ -95,7 +88,6 @@ def typed(value, old, name: str, where: str):
         kind = type(old).__name__
         raise UserError(f"{where}: '{name}' wants {kind} (like {old!r}), got {value!r}")
     return value
-
 
 def check_range(value, allowed, name: str, where: str):
     """UserError where a value, or an entry of a list, is outside of what option() allows."""
@@ -116,7 +108,6 @@ def check_range(value, allowed, name: str, where: str):
         if wanted:
             raise UserError(f"{where}: '{name}' wants {wanted}, got {v!r}")
 
-
 def check_config(cfg, where: str = "config"):
     """Calls check() of a config and of the configs in it: do the fields fit together?"""
     for value in vars(cfg).values():
@@ -128,7 +119,6 @@ def check_config(cfg, where: str = "config"):
     except UserError as e:
         raise UserError(f"{where}: {e}") from None
     return cfg
-
 
 def read_config(cfg, argv: list[str], default: str | None = None):
     """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`."""
@@ -147,7 +137,6 @@ def read_config(cfg, argv: list[str], default: str | None = None):
         fill(cfg, parse_override(argument), "command line")
     return check_config(cfg, str(path or "command line"))
 
-
 def read_toml(path) -> dict:
     """A TOML file; a relative path is looked up here, then in the repository."""
     path = Path(path).expanduser()
@@ -160,7 +149,6 @@ def read_toml(path) -> dict:
         raise UserError(f"no config file {path}; there are: {known}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
-
 
 def parse_override(argument: str) -> dict:
     """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
@@ -176,7 +164,6 @@ def parse_override(argument: str) -> dict:
         value = {part: value}
     return value
 
-
 # ---------------------------------------------------------------------------- devices and processes
 def pick_device(name: str = "auto") -> torch.device:
     """auto: CUDA, else Apple's MPS, else the CPU. UserError where the device is not there."""
@@ -190,7 +177,6 @@ def pick_device(name: str = "auto") -> torch.device:
         return torch.device(name)
     except RuntimeError:
         raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
-
 
 def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     """(device, rank, world size). Joins the process group where torchrun started us."""
@@ -209,7 +195,6 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     return dev, dist.get_rank(), world
 
-
 def anywhere(flag: bool, world: int) -> bool:
     """True on all ranks where it is True on one. Ranks must leave a loop together, or one waits."""
     if world == 1:
@@ -218,7 +203,6 @@ def anywhere(flag: bool, world: int) -> bool:
     dist.all_gather_object(flags, flag)
     return any(flags)
 
-
 def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
     """The mean of a tensor over the processes."""
     if world == 1:
@@ -226,7 +210,6 @@ def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
     x = x.clone()
     dist.all_reduce(x)
     return x / world
-
 
 def use_bfloat16(amp: str, device: torch.device) -> bool:
     """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions.
@@ -241,35 +224,29 @@ def use_bfloat16(amp: str, device: torch.device) -> bool:
             return "avx512_bf16" in flags or "amx_bf16" in flags
     return device.type == "cuda"
 
-
 def autocast(device: torch.device, on: bool):
     """Context manager: bfloat16 autocast where `on`."""
     return torch.autocast(device.type, torch.bfloat16, enabled=on)
 
-
 def attention(q, k, v, mask=None):
     """scaled_dot_product_attention, in fp32 on a CPU even under autocast.
 
-    Its backward pass in bfloat16 is nine times slower there.
-    """
+    Its backward pass in bfloat16 is nine times slower there."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if q.device.type == "cpu":
         with torch.autocast("cpu", enabled=False):
             return sdpa(q.float(), k.float(), v.float(), attn_mask=mask).type_as(v)
     return sdpa(q, k, v, attn_mask=mask)
 
-
 def keep_memory_mapped():
     """Tells glibc to keep freed memory, and PyTorch to ask for pages of 2 MiB.
 
-    Otherwise big buffers go back to the system after every operation, and page faults dominate.
-    """
+    Otherwise big buffers go back to the system after every operation, and page faults dominate."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)                            # M_TRIM_THRESHOLD: never
         libc.mallopt(-4, 0)                             # M_MMAP_MAX: no buffer is mapped by itself
-
 
 def peak_memory(device: torch.device) -> float:
     """GiB: CUDA's allocator, or the whole process."""
@@ -281,7 +258,6 @@ def peak_memory(device: torch.device) -> float:
         return float("nan")
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
-
 
 def provenance(seed: int = 0) -> dict:
     """Where a number comes from: commit ("+": files outside of docs/ differ), machine, date."""
@@ -301,7 +277,6 @@ def provenance(seed: int = 0) -> dict:
     return {"commit": commit, "machine": f"{machine}, {os.cpu_count()} CPU cores",
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
-
 # ---------------------------------------------------------------------------- log
 def read_log(path) -> list[dict]:
     """Rows of a log.csv; [] where there is none. A row without a step (cut short) is dropped."""
@@ -310,7 +285,6 @@ def read_log(path) -> list[dict]:
         return []
     with open(path, newline="", encoding="utf-8") as f:
         return [row for row in csv.DictReader(f) if (row.get("step") or "").isdigit()]
-
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whose columns are all keys in order of appearance."""
@@ -321,7 +295,6 @@ def write_log(path: Path, rows: list[dict]):
         writer.writerows(rows)
     os.replace(temporary, path)
 
-
 def short(key: str, value) -> str:
     """A value as the log line shows it."""
     if not isinstance(value, float):
@@ -331,7 +304,6 @@ def short(key: str, value) -> str:
     if "loss" in key:
         return f"{value:.4f}"
     return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
-
 
 def duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)

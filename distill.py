@@ -37,7 +37,6 @@ from sample import repeated
 from text import Text, TextConfig, Tokens, load_encoders, on_device
 from train import FlowConfig, TrainConfig, flow_loss, train
 
-
 @dataclass
 class DistillConfig(TrainConfig):
     out: str = "runs/kd_nano"
@@ -51,7 +50,6 @@ class DistillConfig(TrainConfig):
     scaling: str = option("timestep", choices=("timestep", "constant"))     # constant: `alpha`
     alpha: float = option(0.5, low=0, high=1)
     ratio: str = option("sample", choices=("sample", "none"))   # |L_task| / |L_x| of a picture; 1
-
 
 # ---------------------------------------------------------------------------- the teacher
 def find_teacher(name: str) -> tuple[str, Path | str]:
@@ -73,7 +71,6 @@ def find_teacher(name: str) -> tuple[str, Path | str]:
         is_sd3 |= '"num_attention_heads"' in file.read_text(errors="replace")
     return ("sd3" if is_sd3 else "ours"), folder
 
-
 def teacher_network(name: str):
     """The config of a teacher's network, from its files alone; a hub id's from its name."""
     kind, where = find_teacher(name)
@@ -83,12 +80,10 @@ def teacher_network(name: str):
         return sd3_config(where)
     return network_of(read_description(where), where)
 
-
 def teacher_tap(cfg: DistillConfig, network) -> str:
     if cfg.teacher_tap:
         return cfg.teacher_tap
     return f"block{network.layers - 1}" if isinstance(network, MMDiTConfig) else cfg.student_tap
-
 
 def teacher_text(cfg: DistillConfig) -> TextConfig | None:
     """The encoders that an SD3 teacher reads; None: the teacher is ours, or there is none."""
@@ -100,14 +95,12 @@ def teacher_text(cfg: DistillConfig) -> TextConfig | None:
     return TextConfig(kind="sd3", width=teacher_network(cfg.teacher).context_dim,
                       folder=str(where), leave_out=[] if cfg.teacher_t5 else ["t5"])
 
-
 class Teacher:
     """A frozen denoiser, in eval mode, in bfloat16 on CUDA.
 
     It is no nn.Module, so that the objective that holds it neither trains it, nor saves it, nor
     exchanges its gradients. It reads by its own text encoder, or, on a cache of your own pictures,
-    the text states that are there.
-    """
+    the text states that are there."""
 
     def __init__(self, cfg: DistillConfig, device):
         kind, where = find_teacher(cfg.teacher)
@@ -205,12 +198,10 @@ class Teacher:
             v = v_empty + self.guidance * (v - v_empty)
         return v, taps
 
-
 def spelled(tokens: Tokens, vocabulary) -> list[str]:
     """The captions of token ids, without <end>."""
     rows = zip(tokens.ids.tolist(), tokens.mask.sum(1).tolist())
     return [vocabulary.spell(ids[:n - 1]).strip() for ids, n in rows]
-
 
 # ---------------------------------------------------------------------------- the objective
 def by_bin(x, t):
@@ -219,12 +210,10 @@ def by_bin(x, t):
     # no matrix product: autocast would make it bfloat16
     return (x.float()[:, None] * member).sum(0) / member.sum(0)
 
-
 class TaskWeight:
     """a_t: the density of the times that are drawn, over its maximum.
 
-    They are logit-normal(mean, std), then shifted, which adds log(shift) to their logit.
-    """
+    They are logit-normal(mean, std), then shifted, which adds log(shift) to their logit."""
 
     def __init__(self, flow: FlowConfig):
         self.mean = flow.mean + np.log(flow.shift)
@@ -242,7 +231,6 @@ class TaskWeight:
     def __call__(self, t):
         logit = torch.logit(t.float(), 1e-6)
         return torch.exp(self.log_density(logit) - self.peak).clamp(max=1)      # (B,)
-
 
 class Distill(nn.Module):
     """An objective of train.py: the student as `net`, and the projector."""
@@ -303,8 +291,7 @@ class Distill(nn.Module):
 
         Not public, and chosen here: a_t is normalised by its maximum, the ratio is taken per
         picture, the squares are means over channels and places, and with both of the teacher's
-        losses L_task counts twice, as the paper's sum has it.
-        """
+        losses L_task counts twice, as the paper's sum has it."""
         constant = torch.full_like(task, self.cfg.alpha)
         a = self.weight(t) if self.cfg.scaling == "timestep" else constant
         values = {"bin_task": by_bin(task.detach(), t)}
@@ -324,13 +311,11 @@ class Distill(nn.Module):
         values["bin_task_scaled"] = by_bin((a * task).detach(), t)
         return total, values
 
-
 def resized(f, size):
     """Features (B, D, h, w) on a grid of another size: means where it shrinks."""
     if f.shape[2:] == size:
         return f
     return F.interpolate(f, size, mode="area" if size[0] < f.shape[2] else "bilinear")
-
 
 def main(argv):
     if argv[:1] == ["--plot"]:
@@ -343,7 +328,6 @@ def main(argv):
     if make:
         return make_cache(cfg, teacher_text(cfg))
     return train(cfg, lambda net: Distill(cfg, net))
-
 
 if __name__ == "__main__":
     with friendly():

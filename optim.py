@@ -17,12 +17,10 @@ import torch.nn as nn
 
 from common import UserError, use_bfloat16
 
-
 def rate(cfg, step: int) -> float:
     """Share of the peak learning rate: linear warm-up over cfg.warmup steps, cosine to 1e-4."""
     cosine = 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) + 1e-4
     return min((step + 1) / cfg.warmup, cosine)
-
 
 # ---------------------------------------------------------------------------- Muon
 @functools.cache
@@ -30,14 +28,12 @@ def muon_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it; imitated, it takes 20 times as long (LOG.md)."""
     return torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
 
-
 @torch.no_grad()
 def orthogonalise(matrices: list) -> list:
     """Each matrix U S V^T becomes about U V^T, by five Newton-Schulz steps.
 
     The coefficients are Jordan's. Matrices of one shape go through together: on a GPU a small
-    network would otherwise wait for the launches of many small products.
-    """
+    network would otherwise wait for the launches of many small products."""
     out = [None] * len(matrices)
     alike = {}
     for i, M in enumerate(matrices):
@@ -54,7 +50,6 @@ def orthogonalise(matrices: list) -> list:
         for i, x in zip(indices, X):
             out[i] = x if matrices[i].shape[0] <= matrices[i].shape[1] else x.T
     return out
-
 
 def orthogonalise_shared(matrices: list) -> list:
     """orthogonalise(); of several processes each does its share and sends it to the others."""
@@ -77,14 +72,12 @@ def orthogonalise_shared(matrices: list) -> list:
             out[i] = part.view_as(matrices[i])
     return out
 
-
 class Muon(torch.optim.Optimizer):
     """Muon with `muon_lr` for matrices, AdamW with `lr` for everything else.
 
     Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
     norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
-    more decay (decoupled). Each group keeps its peak rate as group["peak"].
-    """
+    more decay (decoupled). Each group keeps its peak rate as group["peak"]."""
 
     def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99)):
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
@@ -175,34 +168,27 @@ class Muon(torch.optim.Optimizer):
         for key, x in own.items():
             x.copy_(tensors[key])
 
-
 # ---------------------------------------------------------------------------- the average
 class EMA:
     """Exponential moving average of a module's parameters, in fp32 and without bias.
 
     After n updates it is sum_k decay^(n-k) w_k over the sum of these weights, as Adam's moments
-    are corrected: the first update already gives w_1, and the window is min(n, 1 / (1 - decay)).
-    """
+    are corrected: the first update already gives w_1, and the window is min(n, 1 / (1 - decay))."""
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.source = dict(module.named_parameters())
         self.average = {k: p.detach().float().clone() for k, p in self.source.items()}
-        self.count = torch.zeros((), dtype=torch.float64, device=next(module.parameters()).device)
-        if self.count.device.type == "mps":
-            self.count = self.count.float()
-
-    @property
-    def steps(self) -> int:
-        return int(self.count)
+        self.count = torch.zeros((), device=next(module.parameters()).device)
 
     @torch.no_grad()
     def update(self, ok: torch.Tensor | None = None):
         """Moves towards the module's weights; `ok`: see Muon.step."""
-        keep = torch.ones_like(self.count) if ok is None else ok.to(self.count.dtype)
+        keep = torch.ones_like(self.count) if ok is None else ok.float()
         self.count += keep
-        share = keep * (1 - self.decay) / (1 - self.decay ** self.count.clamp(min=1))
-        share = share.float()
+        log_decay = math.log(self.decay or 1e-30)
+        total = -torch.expm1(log_decay * self.count.clamp(min=1))       # 1 - decay^n
+        share = keep * (1 - self.decay) / total
         average = list(self.average.values())
         torch._foreach_mul_(average, 1 - share)
         now = [p.detach().float() for p in self.source.values()]
@@ -211,10 +197,9 @@ class EMA:
     def state_dict(self) -> dict[str, torch.Tensor]:
         return self.average
 
-    def load_state_dict(self, state: dict, steps: int):
+    def load_state_dict(self, state: dict):
         for name, average in self.average.items():
             average.copy_(state[name])
-        self.count.fill_(steps)
 
     @contextlib.contextmanager
     def swapped(self):
@@ -231,13 +216,11 @@ class EMA:
         for name, p in self.source.items():
             p.copy_(values[name])
 
-
 # ---------------------------------------------------------------------------- one step
 class Learner:
     """A module and its optimizer: one clipped step, skipped where the gradient is not finite.
 
-    Skips are counted on the device and read by trouble(), which the log calls when it is due.
-    """
+    Skips are counted on the device and read by trouble(), which the log calls when it is due."""
 
     def __init__(self, module: nn.Module, opt: Muon, clip: float, ema: EMA | None = None):
         self.module = module
@@ -274,8 +257,7 @@ class Learner:
     def trouble(self) -> str:
         """What was skipped since the last call, in one line, or "".
 
-        UserError after 20 steps in a row without a finite gradient.
-        """
+        UserError after 20 steps in a row without a finite gradient."""
         skipped = int(self.skipped)
         if skipped == self.reported:
             return ""
@@ -286,7 +268,6 @@ class Learner:
             raise UserError(f"{line}, the last {int(self.in_a_row)} in a row: lower lr, or set "
                             "amp=float32; the last good checkpoint is kept")
         return line
-
 
 def average_gradients(module: nn.Module):
     """Gradients become their mean over the processes."""

@@ -28,23 +28,18 @@ from model import load_model
 from plots import grid
 from text import Text, join_texts
 
-
 # ---------------------------------------------------------------------------- times
 def shift_time(t, s: float):
     """More time near the noise, for larger pictures (Esser et al. 2024, eq. 23); s = 1: none.
 
-    SD3.5 takes 3 at 1024 px.
-    """
+    SD3.5 takes 3 at 1024 px."""
     return s * t / (1 + (s - 1) * t)
-
 
 def times(steps: int, shift: float) -> list[float]:
     """1 -> 1/steps evenly, shifted, then 0.
 
-    diffusers shifts its smallest time twice, which nearly wastes the last step.
-    """
+    diffusers shifts its smallest time twice, which nearly wastes the last step."""
     return [shift_time(1 - i / steps, shift) for i in range(steps)] + [0.0]
-
 
 # ---------------------------------------------------------------------------- samplers
 def euler(velocity, x, times):
@@ -52,7 +47,6 @@ def euler(velocity, x, times):
     for t, s in zip(times, times[1:]):
         x = x + (s - t) * velocity(x, t)
     return x
-
 
 def heun(velocity, x, times):
     """Two evaluations a step, one in the last (Karras et al. 2022, algorithm 1 without churn)."""
@@ -64,17 +58,14 @@ def heun(velocity, x, times):
         x = y
     return x
 
-
 def log_snr(t: float) -> float:
     return math.log((1 - t) / t)
-
 
 def dpmpp(velocity, x, times):
     """DPM-Solver++(2M) for alpha = 1 - t, sigma = t (Lu et al. 2022, algorithm 2).
 
     One evaluation a step, second order in the log signal-to-noise ratio. The first and the last
-    step are of first order: there the ratio is 0 or infinite.
-    """
+    step are of first order: there the ratio is 0 or infinite."""
     old = old_t = None
     for t, s in zip(times, times[1:]):
         x0 = x - t * velocity(x, t)
@@ -87,27 +78,22 @@ def dpmpp(velocity, x, times):
         old, old_t = x0, t
     return x
 
-
 def renoise(velocity, x, times, noise):
     """For few-step students: predict x0, noise it afresh to the next time.
 
-    One evaluation a step; noise(k) is step k's (Song et al. 2023, algorithm 1).
-    """
+    One evaluation a step; noise(k) is step k's (Song et al. 2023, algorithm 1)."""
     for k, (t, s) in enumerate(zip(times, times[1:])):
         x0 = x - t * velocity(x, t)
         x = (1 - s) * x0 + s * noise(k) if s > 0 else x0
     return x
 
-
 SAMPLERS = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "renoise": renoise}
-
 
 def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> dict:
     """How a checkpoint is sampled, as keyword arguments of generate().
 
     What is asked for, else what config.json says under few_steps, else 28 guided steps. A student
-    of K steps that is asked for fewer takes them at times that it was trained at.
-    """
+    of K steps that is asked for fewer takes them at times that it was trained at."""
     few = config.get("few_steps") or {}
     K = few.get("steps", 28)
     n = steps or K
@@ -122,15 +108,13 @@ def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
         "sampler": sampler or few.get("sampler", "dpmpp"),
     }
 
-
 # ---------------------------------------------------------------------------- guidance
 def guided(net, text: Text, empty: Text | None, cfg: float, interval=(0.0, 1.0)):
     """velocity(x, t) with classifier-free guidance: v = v_empty + cfg (v_text - v_empty).
 
     Both halves go through the network in one batch. Outside the interval of t, or at cfg = 1, the
     text alone is asked, at half the cost (Kynkäänniemi et al. 2024). Texts are projected to keys
-    and values once, not in each step.
-    """
+    and values once, not in each step."""
     def projected(text: Text) -> Text:
         if not hasattr(net, "keys_values"):
             return text
@@ -150,18 +134,15 @@ def guided(net, text: Text, empty: Text | None, cfg: float, interval=(0.0, 1.0))
         return v_empty + cfg * (v - v_empty)
     return velocity
 
-
 # ---------------------------------------------------------------------------- text to picture
 def latents_noise(seeds, shape, device):
     """(B, C, H, W), one seed a picture: a picture is the same in any batch, on any device."""
     parts = [torch.randn(shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds]
     return torch.stack(parts).to(device)
 
-
 def repeated(text: Text, n: int) -> Text:
     """One caption's states (1, ...) for n pictures."""
     return Text(*(None if x is None else x.expand(n, *x.shape[1:]) for x in text))
-
 
 @torch.inference_mode()
 def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0,
@@ -169,8 +150,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     """Captions and seeds, one of each a picture -> list of uint8 (H, W, 3).
 
     Without an autoencoder: list of latents. size: pixels, or (height, width); steps: a number, or
-    the times themselves (then shift is not used).
-    """
+    the times themselves (then shift is not used)."""
     height, width = (size, size) if isinstance(size, int) else size
     shape = (net.denoiser.cfg.in_channels, height // 8, width // 8)
     walk = times(steps, shift) if isinstance(steps, int) else steps
@@ -191,13 +171,11 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     bar.close()
     return pictures
 
-
 def fresh_noise(seeds, shape, device):
     """noise(k) of step k: for each picture a stream of its own."""
     def noise(k: int):
         return latents_noise([s + ((k + 1) << 40) for s in seeds], shape, device)
     return noise
-
 
 # ---------------------------------------------------------------------------- command line
 def parse(argv):
@@ -221,7 +199,6 @@ def parse(argv):
     p.add_argument("-o", "--out", default="out.png")
     return p.parse_args(argv)
 
-
 def check_request(a):
     """UserError, before anything is loaded, where the request cannot be met."""
     if any(not prompt.strip() for prompt in a.prompts):
@@ -242,7 +219,6 @@ def check_request(a):
         raise UserError(f"-o {a.out}: name a .png, .jpg or .webp file")
     return out
 
-
 def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, int]:
     """Pixels, or (height, width). UserError where a network of this config cannot draw them."""
     size = asked or [trained]
@@ -256,7 +232,6 @@ def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, in
         raise UserError(f"--size {asked}: one or two multiples of {grain} pixels up to {largest}, "
                         f"such as {4 * grain} or {4 * grain} {2 * grain}")
     return size[0] if len(size) == 1 else tuple(size)
-
 
 def main(argv):
     a = parse(argv)
@@ -288,7 +263,6 @@ def main(argv):
     sheet.save(out)
     print(f"{out}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each "
           f"({len(how['steps']) - 1} steps, {how['sampler']}, cfg {how['cfg']:g})")
-
 
 if __name__ == "__main__":
     with friendly():

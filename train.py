@@ -39,13 +39,11 @@ from sample import generate, shift_time
 from scenes import CATEGORIES
 from text import TextConfig, on_device
 
-
 @dataclass
 class FlowConfig:
     mean: float = 0.0               # t = sigmoid(mean + std n), n normal: logit-normal
     std: float = option(1.0, above=0)
     shift: float = option(1.0, above=0)     # t' = s t / (1 + (s - 1) t); 3 at 1024 px
-
 
 @dataclass
 class TrainConfig:
@@ -83,25 +81,21 @@ class TrainConfig:
     def network(self) -> UNetConfig | MMDiTConfig:
         return self.mmdit if self.arch == "mmdit" else self.model
 
-
 # ---------------------------------------------------------------------------- the flow
 def flow_loss(velocity, x0, eps, t):
     """Rectified flow: velocity(x_t, t) should be eps - x0 (docs/PAPER.md, section 4).
 
-    Latents x0 and eps (B, C, H, W), t (B,) -> loss per picture (B,).
-    """
+    Latents x0 and eps (B, C, H, W), t (B,) -> loss per picture (B,)."""
     a = t[:, None, None, None]
     v = velocity((1 - a) * x0 + a * eps, t)                 # (B, C, H, W)
     return (v.float() - (eps - x0)).square().mean((1, 2, 3))
-
 
 class FlowObjective(nn.Module):
     """What the loop minimises. Distillers write their own.
 
     An objective holds the network as `net`, and beside it whatever else is trained. forward gives
     the loss per picture (B,) and values for the log: numbers for its line, vectors for log.csv
-    alone (nan: none in this batch).
-    """
+    alone (nan: none in this batch)."""
     states = None                   # text encoders whose cached states a teacher reads
 
     def __init__(self, net):
@@ -111,20 +105,17 @@ class FlowObjective(nn.Module):
     def forward(self, batch: Batch, eps, t):
         return flow_loss(lambda x, t: self.net(x, t, batch.text), batch.x0, eps, t), {}
 
-
 def draw_times(cfg: FlowConfig, n: int, generator, device):
     """n times (n,), logit-normal (Esser et al. 2024), shifted."""
     normal = torch.randn(n, generator=generator, device=device)
     return shift_time(torch.sigmoid(cfg.mean + cfg.std * normal), cfg.shift)
-
 
 # ---------------------------------------------------------------------------- data
 def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, states=None):
     """(autoencoder, training data, held-out data), for Batches and Validation.
 
     Data are latents of scenes, or both sides of the cache of your own pictures. states: a teacher's
-    text encoders (a TextConfig), whose states that cache must hold too.
-    """
+    text encoders (a TextConfig), whose states that cache must hold too."""
     ae = load_autoencoder(cfg.ae, device)
     if cfg.data.folder:
         return ae, *open_cache(cfg, ae, states, vocabulary)
@@ -137,7 +128,6 @@ def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, state
             dist.barrier()
     return ae, latents, held_out
 
-
 def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
     """Held-out prompts for the sample grid; of scenes, cycling through the six categories."""
     if cfg.data.folder:
@@ -146,12 +136,10 @@ def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
     scenes = [test.scene(i, CATEGORIES[i % len(CATEGORIES)]) for i in range(cfg.samples)]
     return [test.caption(scene, random.Random(0)) for scene in scenes]
 
-
 class Validation:
     """Held-out loss on fixed pictures, noise and times, in 8 bins of t.
 
-    Equal for all runs on the same data. The network is asked in parts of a training batch.
-    """
+    Equal for all runs on the same data. The network is asked in parts of a training batch."""
 
     def __init__(self, cfg: TrainConfig, held_out, device, vocabulary):
         if cfg.data.folder:
@@ -188,7 +176,6 @@ class Validation:
         bins = (self.t * 8).long().clamp(max=7)
         means = [losses[bins == b].mean().item() for b in range(8)]
         return np.array(means)
-
 
 # ---------------------------------------------------------------------------- the loop
 def train(cfg: TrainConfig, make_objective=FlowObjective):
@@ -242,7 +229,6 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
         print(f"done: {run.out}/final, samples_{run.step:07d}.png, loss.png; try "
               f"`python sample.py \"a red car\" --ckpt {run.out}`")
 
-
 def wrapped(cfg: TrainConfig, objective, net, device, world: int):
     """The objective as the loop calls it: compiled, and averaging gradients over processes."""
     if cfg.compile:
@@ -253,7 +239,6 @@ def wrapped(cfg: TrainConfig, objective, net, device, world: int):
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
-
 
 def accumulate(cfg: TrainConfig, model, batches, step, device, rank, world, bfloat16):
     """Gradients of one step, over cfg.accumulate micro-batches -> (mean loss, values to log)."""
@@ -275,7 +260,6 @@ def accumulate(cfg: TrainConfig, model, batches, step, device, rank, world, bflo
         noted.append(values)
     return total, {k: torch.stack([v[k] for v in noted]).nanmean(0) for k in noted[0]}
 
-
 def report_progress(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, prompts, bfloat16):
     """Held-out loss of raw and averaged weights, and the averaged ones' sample grid."""
     net.eval()
@@ -296,7 +280,6 @@ def report_progress(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, p
           + " ".join(f"{v:.3f}" for v in bins), flush=True)
     plots.losses(run.out / "log.csv", run.out / "loss.png")
 
-
 def save_gif(out):
     """samples.gif from all sample grids; the last one is shown longer."""
     frames = []
@@ -307,13 +290,11 @@ def save_gif(out):
         frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:], duration=500,
                        loop=0)
 
-
 def main(argv):
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
     cfg = read_config(TrainConfig(), argv, "configs/folder.toml" if make else "configs/nano.toml")
     make_cache(cfg) if make else train(cfg)
-
 
 if __name__ == "__main__":
     with friendly():
