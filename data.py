@@ -34,7 +34,6 @@ from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
 from text import Text, Tokens, Vocabulary, on_device
 
-
 @dataclass
 class DataConfig:
     size: int = option(64, low=8)           # pixels
