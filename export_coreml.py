@@ -49,6 +49,7 @@ from text import Tokens, parts_of
 
 GATES = {"form": 100, "graph": 100, "numerics": 50}      # dB, at least
 PICTURE = {16: 35, 8: 20, 6: 0, 4: 0}    # dB by bits: under 8 it may become another good picture
+KEPT = ("model", "text", "data", "flow", "few_steps")    # of the checkpoint's config
 PROMPTS = ["a red car", "three dogs", "a tulip left of two rockets", "a koala and a donut"]
 
 
@@ -258,9 +259,12 @@ def load_source(a) -> Source:
             tokens = max(last for _, last, _, _ in parts_of(net.text_cfg).values())
             print(f"text.kind={net.text_cfg.kind}: the frozen text encoders are not in the bundle, "
                   "an app brings them; no pictures are compared")
-    grain = 8 * unet.grain
-    if size % grain or size < grain:
-        raise UserError(f"--size {size}: this UNet draws multiples of {grain} pixels")
+        if ae.cfg.decoder != "tiny":
+            raise UserError(f"{a.ae} has SD3's decoder: only the tiny one is exported")
+    grain = 8 * 2 ** (len(unet.cfg.widths) - 1)
+    if size % grain or size < grain or tokens < 21:
+        raise UserError(f"--size {size} --tokens {tokens}: this UNet draws multiples of {grain} "
+                        "pixels, and is compared on 21 tokens or more")
     return Source(net, unet, ae, config, size, tokens)
 
 
@@ -268,6 +272,11 @@ def check_out(out: Path, marker: str):
     """UserError where `out` is something else than an earlier bundle."""
     if out.is_file() or out.exists() and any(out.iterdir()) and not (out / marker).is_file():
         raise UserError(f"{out} is not empty and no bundle of ours: give another --out")
+
+
+def shift_of(config: dict) -> float:
+    """The shift of time that a checkpoint is sampled with."""
+    return (config.get("few_steps") or {}).get("shift") or config["flow"]["shift"]
 
 
 def describe(source: Source, a) -> dict:
@@ -283,10 +292,10 @@ def describe(source: Source, a) -> dict:
         "schedule": {
             "kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t",
             "sampler": how["sampler"], "steps": len(how["steps"]) - 1, "times": how["steps"],
-            "cfg": how["cfg"], "shift": config.get("few_steps", config["flow"])["shift"],
+            "cfg": how["cfg"], "shift": shift_of(config),
             "swift": "discreteFlowScheduler, schedulerTimestepShift 1, decoderScaleFactor 1, "
                      "disableSafety true"},
-        "config": {k: config[k] for k in ("model", "text", "flow", "few_steps") if k in config},
+        "config": {k: config[k] for k in KEPT if k in config},
     }
 
 
@@ -342,7 +351,7 @@ def export(a):
     source = load_source(a)
     with replacing(out, latest=False) as folder:
         if coreai:
-            export_coreai(make_parts(source), folder, source.size, source.config["flow"]["shift"])
+            export_coreai(make_parts(source), folder, source.size, shift_of(source.config))
         elif failed := export_bundle(a, source, folder):
             shutil.rmtree(refused, ignore_errors=True)
             folder.rename(refused)           # an earlier bundle of this name stays

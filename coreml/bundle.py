@@ -43,9 +43,8 @@ class Bundle:
                             f"export_coreml.py --out {path}`") from None
         if "TextEncoder" not in parts:
             raise UserError(f"{path} has no text encoder: it proves the export, but cannot draw")
-        self.config = {**config, "data": {"size": self.size}}
+        self.config = {**config, "data": {**config["data"], "size": self.size}}
         self.cfg = fill(UNetConfig(), config["model"], str(path))
-        self.grain = self.largest = self.size // 8          # in latent pixels: one size only
         self.L = config["text"]["max_tokens"]
         tokens = self.manifest["tokens"]
         self.vocabulary = load_vocabulary(folder / tokens["file"], tokens["pattern"])
