@@ -134,7 +134,7 @@ def read_config(cfg, argv: list[str], default: str | None = None):
     if path:
         fill(cfg, read_toml(path), str(path))
     for argument in argv:
-        fill(cfg, parse_override(argument), "command line")
+        fill(cfg, parse_override(cfg, argument), "command line")
     return check_config(cfg, str(path or "command line"))
 
 def read_toml(path) -> dict:
@@ -150,7 +150,7 @@ def read_toml(path) -> dict:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
 
-def parse_override(argument: str) -> dict:
+def parse_override(cfg, argument: str) -> dict:
     """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
@@ -160,6 +160,11 @@ def parse_override(argument: str) -> dict:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:
         value = text                                    # an unquoted string, such as out=runs/a
+    old = cfg
+    for part in key.split("."):
+        old = getattr(old, part, None)
+    if isinstance(old, str) and not isinstance(value, str):
+        value = text                                    # a folder named 2024-05-01 is no date
     for part in reversed(key.split(".")):
         value = {part: value}
     return value
