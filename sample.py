@@ -155,20 +155,19 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     shape = (net.denoiser.cfg.in_channels, height // 8, width // 8)
     walk = times(steps, shift) if isinstance(steps, int) else steps
     pictures = []
-    bar = tqdm(total=len(captions), unit="picture", disable=not progress)
-    for i in range(0, len(captions), batch):
-        own = seeds[i:i + batch]
-        text = net.encode(captions[i:i + batch])
-        empty = repeated(net.encode([""]), len(own)) if cfg != 1 else None
-        velocity = guided(net.denoiser, text, empty, cfg, interval)
-        x = latents_noise(own, shape, net.device)           # (B, C, H, W)
-        extra = {}
-        if sampler == "renoise":
-            extra["noise"] = fresh_noise(own, shape, net.device)
-        latents = SAMPLERS[sampler](velocity, x, walk, **extra)
-        pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
-        bar.update(len(own))
-    bar.close()
+    with tqdm(total=len(captions), unit="picture", disable=not progress) as bar:
+        for i in range(0, len(captions), batch):
+            own = seeds[i:i + batch]
+            text = net.encode(captions[i:i + batch])
+            empty = repeated(net.encode([""]), len(own)) if cfg != 1 else None
+            velocity = guided(net.denoiser, text, empty, cfg, interval)
+            x = latents_noise(own, shape, net.device)           # (B, C, H, W)
+            extra = {}
+            if sampler == "renoise":
+                extra["noise"] = fresh_noise(own, shape, net.device)
+            latents = SAMPLERS[sampler](velocity, x, walk, **extra)
+            pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
+            bar.update(len(own))
     return pictures
 
 def fresh_noise(seeds, shape, device):
