@@ -26,12 +26,12 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-from common import ROOT, UserError, autocast, friendly, provenance, read_config, setup, use_bfloat16
+from common import UserError, autocast, friendly, provenance, read_config, setup, use_bfloat16
 from costs import caption_tokens, dummy_inputs, forward_flops, matmul_speed, training_flops
 from data import Batch, Batches, scenes_of
 from decoder import load_autoencoder
 from lab import tables
-from lab.peers import Peer, decoders, denoisers
+from lab.peers import DECODERS, DENOISERS, Peer
 from mmdit import MMDiTConfig
 from model import TextToLatents, load_model, make_network
 from optim import Learner, Muon
@@ -42,14 +42,13 @@ from train import FlowObjective, TrainConfig
 H200, H200_BYTES = 989e12, 4.8e12   # FLOP/s in bfloat16, bytes/s of its memory: its data sheet
 ON_GPU = (("configs/base.toml", 256), ("configs/t2i_256.toml", 64))     # and pictures a step
 ON_CPU = (("configs/nano.toml", 48), ("configs/base.toml", 4))
+PROCESS = Path("/proc/self")
 CAPTION = "a red car to the left of a blue dog"
-
 
 # ------------------------------------------------------------------------- instruments
 def wait_for(device):
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()           # torch.cuda, torch.mps
 
 @torch.inference_mode()
 def seconds_of(function, device) -> float:
@@ -59,32 +58,31 @@ def seconds_of(function, device) -> float:
     wait_for(device)
     return time.perf_counter() - begin
 
-
 def copy_speed(device) -> float:
     """Bytes/s of a copy of 256 MiB, read and written, best of four."""
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     return 2 * 2**28 / min(seconds_of(partial(target.copy_, source), device) for _ in range(4))
 
-
 def memory_in_use(device) -> tuple[int, int]:
-    """Bytes now, and the most since reset_memory(): CUDA's allocator, or the process (Linux)."""
+    """Bytes now, and the most since reset_memory().
+
+    Of CUDA's allocator, else of the process (Linux), else 0."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device), torch.cuda.max_memory_allocated(device)
-    lines = Path("/proc/self/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
+    if not PROCESS.exists():
+        return 0, 0
+    status = dict(line.split(":", 1) for line in (PROCESS / "status").read_text().splitlines())
     return tuple(1024 * int(status[key].split()[0]) for key in ("VmRSS", "VmHWM"))
-
 
 def reset_memory(device):
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError, AttributeError):      # what keep_memory_mapped() kept
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")           # sets VmHWM back (man 5 proc)
-
+    with contextlib.suppress(OSError, AttributeError):      # not on Linux
+        ctypes.CDLL("libc.so.6").malloc_trim(0)             # what keep_memory_mapped() kept
+        (PROCESS / "clear_refs").write_text("5")            # sets VmHWM back (man 5 proc)
 
 @contextlib.contextmanager
 def stopwatch(owner, method: str, device):
@@ -105,12 +103,10 @@ def stopwatch(owner, method: str, device):
     finally:
         delattr(owner, method)
 
-
 class Runner:
     """A Peer on the device, called by run(). `peak`: bytes that it takes, weights included.
 
-    Of the two memory layouts the one that is faster on a small picture is taken.
-    """
+    Of the two memory layouts the one that is faster on a small picture is taken."""
 
     def __init__(self, peer: Peer, size: int, device, batch: int = 1, dtype=torch.float32):
         reset_memory(device)
@@ -148,13 +144,10 @@ class Runner:
         inputs = [x.contiguous(memory_format=layout) if x.ndim == 4 else x for x in inputs]
         return partial(self.peer.call, self.net, *inputs)
 
-
 # ------------------------------------------------------------------------- networks
-def race(make, args, device) -> dict:
+def race(peers: dict[str, Peer], args, device) -> dict:
     """Ours by itself, then each peer in turns with ours."""
-    peers = make(args.nets)
-    if args.nets:
-        peers = {k: v for k, v in peers.items() if k in args.nets or k == "ours"}
+    peers = {k: peer for k, peer in peers.items() if k == "ours" or k in (args.nets or peers)}
     found = {"size": args.size, "rows": [], "peak_flops": [], "bandwidth": []}
     ours = Runner(peers["ours"], args.size, device, dtype=args.dtype)
     for name, peer in tqdm(peers.items(), unit="network"):
@@ -178,7 +171,6 @@ def race(make, args, device) -> dict:
         gc.collect()
     return found
 
-
 # ------------------------------------------------------------------------- sampling
 def sampling_row(path: str, batch: int, rounds: int, device) -> dict:
     """Median seconds a picture: in all, and inside each network; and the share outside them."""
@@ -187,7 +179,7 @@ def sampling_row(path: str, batch: int, rounds: int, device) -> dict:
     size = config["data"]["size"]
     draw = partial(generate, net, ae, [CAPTION] * batch, range(batch), size, **how, batch=batch)
     turns = []
-    for _ in range(rounds + 3):
+    for _ in range(rounds + 6):
         with (
             stopwatch(net, "encode", device) as encode,
             stopwatch(net.denoiser, "keys_values", device) as keys,
@@ -203,11 +195,9 @@ def sampling_row(path: str, batch: int, rounds: int, device) -> dict:
     return {"what": what, **dict(zip(("s", "text", "unet", "decoder"), medians)),
             "outside": outside}
 
-
 def measure_sampling(args, device) -> dict:
-    return {"rows": [sampling_row(path, batch, args.rounds + 3, device)
+    return {"rows": [sampling_row(path, batch, args.rounds, device)
                      for path in ("assets/fast", "assets/scenes") for batch in (1, 16)]}
-
 
 # ------------------------------------------------------------------------- training
 def mmdit_of_equal_flops(network, size: int, tokens: int) -> MMDiTConfig:
@@ -223,13 +213,11 @@ def mmdit_of_equal_flops(network, size: int, tokens: int) -> MMDiTConfig:
             break
     return min(found)[2]
 
-
 def unet_and_mmdit(path: str) -> tuple[TrainConfig, dict]:
     """The config, its UNet, and an MMDiT of as many FLOPs."""
     cfg = read_config(TrainConfig(), ["--config", path])
     mmdit = mmdit_of_equal_flops(cfg.network, cfg.data.size, caption_tokens(cfg.text))
     return cfg, {"UNet": cfg.network, "MMDiT": mmdit}
-
 
 def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, float]:
     """Seconds of one training step on an H200 in bfloat16, computed, not measured.
@@ -237,8 +225,7 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
     First: all its work at the peak. Second: the least that separate kernels take, if each of the
     three passes of a linear or convolution (forward, gradients of the input and of the weights)
     moves two maps and the weights once, where that takes longer than its work. Norms,
-    activations, attention's bytes, the optimiser and waiting cost nothing here.
-    """
+    activations, attention's bytes, the optimiser and waiting cost nothing here."""
     kernels, seconds = [], []
 
     def count(module, inputs, out):
@@ -255,12 +242,10 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
     work = batch * forward_flops(network, size, tokens) / H200
     return 3 * work, 3 * (work - sum(kernels) + sum(seconds))
 
-
 class TrainingStep:
     """Calling it makes one step of flow training: forward, backward, Muon or AdamW.
 
-    Latents are noise; states of frozen text encoders are given. `peak`: bytes that it takes.
-    """
+    Latents are noise; states of frozen text encoders are given. `peak`: bytes that it takes."""
 
     def __init__(self, cfg: TrainConfig, network, batch: int, device):
         reset_memory(device)
@@ -296,7 +281,6 @@ class TrainingStep:
         loss.backward()
         self.learner.step()
 
-
 def training_rows(path: str, batch: int, rounds: int, device) -> list[dict]:
     """The UNet and the MMDiT in turns."""
     cfg, nets = unet_and_mmdit(path)
@@ -315,7 +299,6 @@ def training_rows(path: str, batch: int, rounds: int, device) -> list[dict]:
                      "img_s": speed, "mfu": speed * flops / peak, "peak": step.peak})
     return rows
 
-
 def floor_rows(path: str, batch: int) -> list[dict]:
     cfg, nets = unet_and_mmdit(path)
     rows = []
@@ -325,7 +308,6 @@ def floor_rows(path: str, batch: int) -> list[dict]:
                      "least_s": least})
     return rows
 
-
 def measure_training(args, device) -> dict:
     cases = ON_GPU if device.type == "cuda" else ON_CPU
     return {
@@ -333,14 +315,12 @@ def measure_training(args, device) -> dict:
         "floors": [row for case in ON_GPU for row in floor_rows(*case)],
     }
 
-
 # ------------------------------------------------------------------------- data
 def measure_loading(args, device) -> dict:
     """Pictures/s that a training process is given, and what a GPU would take at most.
 
     Scenes are drawn and encoded once (`drawn`); then latents are on the device. What is left for
-    each batch is measured with latents of one place (`words`) and with whole ones (`whole`).
-    """
+    each batch is measured with latents of one place (`words`) and with whole ones (`whole`)."""
     cfg, pictures = read_config(TrainConfig(), ["--config", "configs/base.toml"]), 4096
     scenes, side = scenes_of(cfg.data), cfg.data.size // 8
     begin = time.perf_counter()
@@ -360,13 +340,11 @@ def measure_loading(args, device) -> dict:
     return {"config": "configs/base.toml", **found, "eats": 0.35 * H200 / training_flops(cfg),
             "mfu": 0.35}
 
-
 # ------------------------------------------------------------------------- scaling
 def measure_scaling(args, device) -> dict:
     """Time and memory against resolution and batch; time against steps."""
     rows = []
-    nets = {"UNet": denoisers(["ours"])["ours"], "decoder": decoders(["ours"])["ours"]}
-    for name, peer in nets.items():
+    for name, peer in (("UNet", DENOISERS["ours"]), ("decoder", DECODERS["ours"])):
         cases = [(size, 1) for size in (256, 384, 512, 768, 1024)]
         if name == "UNet":
             cases += [(256, batch) for batch in (2, 4, 8)]
@@ -385,25 +363,20 @@ def measure_scaling(args, device) -> dict:
         rows.append({"net": "shipped", "steps": steps, "size": 64, "batch": 1, "s": seconds})
     return {"rows": rows}
 
-
 def print_profile(args, device):
-    make = denoisers if args.profile == "unet" else decoders
-    runner = Runner(make(["ours"])["ours"], args.size, device, dtype=args.dtype)
+    peers = DENOISERS if args.profile == "unet" else DECODERS
+    runner = Runner(peers["ours"], args.size, device, dtype=args.dtype)
     with torch.inference_mode(), torch.profiler.profile() as profiler:
         runner.run()
         wait_for(device)
     key = f"self_{device.type}_time_total"
-    averages = profiler.key_averages()
-    print(averages.table(sort_by=key, row_limit=20, max_name_column_width=48))
-
+    print(profiler.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=48))
 
 SUBJECTS = {
-    "unet": partial(race, denoisers), "decoder": partial(race, decoders),
+    "unet": partial(race, DENOISERS), "decoder": partial(race, DECODERS),
     "sample": measure_sampling, "train": measure_training, "data": measure_loading,
     "scaling": measure_scaling,
 }
-NETS = ("ours", "dreamlite", "sd15", "sdxl", "sana", "pixart", "sd3", "taesd3", "dcae")
-
 
 def main(argv):
     p = argparse.ArgumentParser(
@@ -415,9 +388,10 @@ def main(argv):
     p.add_argument("--device", default="auto")
     p.add_argument("--size", type=int, default=1024, help="pixels, of unet, decoder, --profile")
     p.add_argument("--rounds", type=int, default=2, help="turns")
-    p.add_argument("--nets", nargs="+", default=[], choices=NETS, help="ours and these alone")
+    p.add_argument("--nets", nargs="+", default=[], metavar="NET",
+                   choices=[*DENOISERS, *DECODERS], help="ours and these alone")
     p.add_argument("--bf16", action="store_true", help="networks in bfloat16 instead of fp32")
-    p.add_argument("--out", default="runs/bench", help="folder of the bench_*.json files")
+    p.add_argument("--out", default="runs/bench", help="folder; docs/results has BENCH.md's")
     args = p.parse_intermixed_args(argv)
     if args.rounds < 1 or args.size < 32 or args.size % 32:
         raise UserError("--rounds is 1 or more, --size a multiple of 32")
@@ -442,10 +416,7 @@ def main(argv):
         about = {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
         found = SUBJECTS[subject](args, device) | about
         (folder / f"bench_{subject}.json").write_text(json.dumps(found, indent=1))
-        print(tables.TABLES[f"bench_{subject}"](folder), flush=True)
-    if folder.resolve() != ROOT / "docs/results":
-        print(f"{folder}; docs/BENCH.md is made from docs/results (--out docs/results)")
-
+        print(tables.TABLES[f"bench_{subject}"](folder), f"\n{folder}/bench_{subject}.json\n")
 
 if __name__ == "__main__":
     with friendly():

@@ -23,7 +23,6 @@ from sample import SAMPLERS, generate, sampling
 
 EACH = 4    # pictures a prompt
 
-
 def read_geneval(path) -> list[dict]:
     """A line each of GenEval's prompts: {"prompt": ..., ...}."""
     try:
@@ -37,7 +36,6 @@ def read_geneval(path) -> list[dict]:
         raise UserError(f"no prompts in {path}")
     return found
 
-
 def read_dpg(folder) -> dict[str, str]:
     """{ID: prompt} of DPG-Bench's folder of ID.txt."""
     try:
@@ -48,7 +46,6 @@ def read_dpg(folder) -> dict[str, str]:
         raise UserError(f"no prompts in {folder}: DPG-Bench's are a folder of ID.txt")
     return prompts
 
-
 def write_geneval(folder: Path, line: dict, pictures):
     """metadata.jsonl comes last: with it the folder is complete."""
     (folder / "samples").mkdir(parents=True, exist_ok=True)
@@ -56,14 +53,12 @@ def write_geneval(folder: Path, line: dict, pictures):
         Image.fromarray(picture).save(folder / f"samples/{i:05d}.png")
     (folder / "metadata.jsonl").write_text(json.dumps(line))
 
-
 def write_dpg(path: Path, pictures):
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [np.concatenate(pictures[:2], axis=1), np.concatenate(pictures[2:], axis=1)]
     unfinished = path.with_suffix(".tmp")
     Image.fromarray(np.concatenate(rows)).save(unfinished, "png")
     unfinished.rename(path)
-
 
 def main(argv):
     p = argparse.ArgumentParser(prog="python -m lab.benchmarks",
@@ -98,7 +93,6 @@ def main(argv):
         else:
             write_dpg(place, pictures)
     print(f"{out}: {len(prompts)} prompts, {EACH} pictures each, of {size} px")
-
 
 if __name__ == "__main__":
     with friendly():

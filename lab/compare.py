@@ -22,7 +22,6 @@ from model import load_model
 from sample import generate, sampling
 from scenes import CATEGORIES, Scenes
 
-
 def held_out_captions(data: dict, prompts: int) -> list[str]:
     """So many captions of each category, of combinations that were never trained on."""
     scenes = Scenes(data["size"], "test", seed=13, nouns=data["nouns"], layout=data["layout"],
@@ -30,12 +29,10 @@ def held_out_captions(data: dict, prompts: int) -> list[str]:
     return [scenes.caption(scenes.scene(i, category), random.Random(i))
             for i in range(prompts) for category in CATEGORIES]
 
-
 def data_url(picture) -> str:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "png")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
 
 def comparison_page(names, captions, first, second) -> str:
     """`flip`: the second checkpoint's picture is on the left."""
@@ -50,7 +47,6 @@ def comparison_page(names, captions, first, second) -> str:
     data = json.dumps({"id": key, "a": names[0], "b": names[1], "pairs": pairs})
     page = (ROOT / "lab/compare.html").read_text()
     return page.replace("/*DATA*/null", data.replace("</", "<\\/"))
-
 
 def main(argv):
     p = argparse.ArgumentParser(prog="python -m lab.compare",
@@ -80,7 +76,6 @@ def main(argv):
     except OSError as e:
         raise UserError(f"cannot write {args.out}: {e}") from None
     print(f"{args.out}: {len(captions)} pairs; open it in a browser")
-
 
 if __name__ == "__main__":
     with friendly():

@@ -30,14 +30,12 @@ PROMPTS = (     # of the six categories; all but the plain noun were never train
     "a shoe against a red wall", "a penguin and a clock on the beach", "2 cats", "a white rocket",
     "a carrot to the right of the mug", "a green tractor and a red elephant")
 
-
 def draw_prompts(ckpt: str, prompts, steps=None) -> list:
     """Pictures of the prompts by a checkpoint, as it says or in so many steps, seeds from 0."""
     device = setup("auto")[0]
     net, config = load_model(ckpt, device)
     ae, size = load_autoencoder("assets/ae", device), config["data"]["size"]
     return generate(net, ae, prompts, range(len(prompts)), size, **sampling(config, steps))
-
 
 def show(ax, picture, title="", label=""):
     ax.imshow(picture, interpolation="nearest")
@@ -46,7 +44,6 @@ def show(ax, picture, title="", label=""):
     ax.set_ylabel(fill(label, 20), fontsize=9, rotation=0, ha="right", va="center")
     for side in ax.spines.values():
         side.set_visible(False)
-
 
 def draw_samples(folder: Path):
     """Held-out prompts, a column for each of the six categories, in 4 steps."""
@@ -58,7 +55,6 @@ def draw_samples(folder: Path):
         show(ax, picture, fill(prompt, 22))
     figure.savefig(folder / "samples.png", dpi=100)
 
-
 def draw_steps(folder: Path):
     """Rows: prompts. Columns: both models, and their steps. Below: their scores."""
     from matplotlib.figure import Figure
@@ -69,7 +65,7 @@ def draw_steps(folder: Path):
     for column, (ckpt, steps) in enumerate(columns):
         name = "base" if ckpt == BASE else "distilled"
         for row, picture in enumerate(draw_prompts(ckpt, PROMPTS, steps)):
-            title = f"{name}\n{steps} steps" if row == 0 else ""
+            title = f"{name}\n{steps} step{'s' * (steps > 1)}" if row == 0 else ""
             show(axes[row, column], picture, title, "" if column else PROMPTS[row])
     ax = below.subplots()
     for ckpt, label, colour in ((BASE, "base, guidance 4", ORANGE),
@@ -88,7 +84,6 @@ def draw_steps(folder: Path):
     ax.grid(alpha=0.25)
     figure.savefig(folder / "steps.png", dpi=80)
 
-
 def draw_score(folder: Path):
     """evaluate.py's contact sheet: green frames are right, red ones wrong, and what was seen."""
     with tempfile.TemporaryDirectory() as out:
@@ -96,16 +91,13 @@ def draw_score(folder: Path):
         evaluate(parse_evaluation(words))
         shutil.copy(Path(out) / "score.png", folder / "score.png")
 
-
 def draw_autoencoder(folder: Path):
     """Input, output and their difference x 4, of held-out scenes."""
     pairs = reconstruct(load_autoencoder("assets/ae"), 256, 6)[1]
     recon_picture(pairs).save(folder / "ae.png")
 
-
 def draw_losses(folder: Path):
     losses(DOCS / "nano_log.csv", folder / "nano_loss.png")
-
 
 def draw_cost(folder: Path):
     """Seconds and GiB against the picture's side."""
@@ -121,10 +113,8 @@ def draw_cost(folder: Path):
         panels.append(Panel(title, "pixels of a side", lines))
     chart(panels, folder / "scaling_cost.png")
 
-
 FIGURES = {"samples": draw_samples, "steps": draw_steps, "score": draw_score,
            "ae": draw_autoencoder, "losses": draw_losses, "cost": draw_cost}
-
 
 def main(argv):
     for name in argv:
@@ -135,7 +125,6 @@ def main(argv):
         print(f"docs: {name}", flush=True)
     if not argv:
         tables.main([])
-
 
 if __name__ == "__main__":
     with friendly():

@@ -65,18 +65,15 @@ KD_ROWS = {     # of DistillConfig
 }
 LONGER = "alone, as long as the slowest"
 
-
 # ------------------------------------------------------------------------- trainings in a row
 def score_command(args, ckpt, out: Path) -> list[str]:
     return [sys.executable, "evaluate.py", "--ckpt", str(ckpt), "--out", str(out),
             "--prompts", str(args.prompts), "--each", str(args.each)]
 
-
 def row_commands(args, script: str, out: Path, keys) -> list[list[str]]:
     """Training and scoring of one row."""
     train = [sys.executable, script, "--config", args.config, *args.overrides, f"out={out}", *keys]
     return [train, score_command(args, out / "final", out)]
-
 
 def run_row(row: str, commands: list[list[str]], base: Path):
     """Its commands one after the other, what they print in base/ROW.txt."""
@@ -88,12 +85,10 @@ def run_row(row: str, commands: list[list[str]], base: Path):
                 raise UserError(f"row {row} ended with status {status}: see {screen}; run the "
                                 "same command to go on")
 
-
 def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
     """Runs the rows that have no score.json yet, `jobs` of them side by side.
 
-    The first one runs alone until its log begins, so that it makes the cache for all.
-    """
+    The first one runs alone until its log begins, so that it makes the cache for all."""
     base.mkdir(parents=True, exist_ok=True)
     waiting = [row for row in commands if not (base / row / "score.json").exists()]
     with ThreadPoolExecutor(jobs) as pool:
@@ -108,10 +103,8 @@ def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
         finally:
             pool.shutdown(cancel_futures=True)
 
-
 def last_value(log: list[dict], key: str) -> float:
     return float(next(row[key] for row in reversed(log) if row.get(key)))
-
 
 def outcome(run: Path) -> dict:
     """Last step, median pictures/s, held-out loss of the averaged weights, and the score."""
@@ -120,7 +113,6 @@ def outcome(run: Path) -> dict:
     scores = json.loads((run / "score.json").read_text())["scores"]
     return {"steps": int(log[-1]["step"]), "img_s": statistics.median(speeds),
             "val": last_value(log, "val"), "scores": scores}
-
 
 def in_turns(functions: dict, rounds: int) -> dict[str, float]:
     """Median seconds of each function; each must wait for its device. The first turn warms up."""
@@ -132,11 +124,9 @@ def in_turns(functions: dict, rounds: int) -> dict[str, float]:
             taken[name].append(time.perf_counter() - begin)
     return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
 
-
 def about_grid(args, cfg) -> dict:
     return {"config": args.config, "steps": cfg.steps, "batch": cfg.batch, "size": cfg.data.size,
             "nouns": cfg.data.nouns, **provenance(cfg.seed), "rows": {}}
-
 
 def write_result(args, found: dict):
     """The JSON file; and its table on the screen."""
@@ -144,7 +134,6 @@ def write_result(args, found: dict):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.grid}.json").write_text(json.dumps(found, indent=1))
     print(tables.TABLES[args.grid](folder))
-
 
 # ------------------------------------------------------------------------- distillation
 def objective_step(cfg: DistillConfig, device):
@@ -164,26 +153,22 @@ def objective_step(cfg: DistillConfig, device):
         loss.item()                                         # waits for the device
     return step
 
-
-def place_of(row: str, seed) -> str:
+def row_folder(row: str, seed) -> str:
     return re.sub(r"\W+", "_", row).strip("_") + f"_{seed}"
-
 
 def run_seeds(args, rows: dict[str, list[str]], base: Path, seeds, others=()):
     """Trains and scores each row with each seed; `others`: more rows, with their commands."""
     commands = {}
     for seed in seeds:
         for row, keys in rows.items():
-            out = base / place_of(row, seed)
+            out = base / row_folder(row, seed)
             commands[out.name] = row_commands(args, "distill.py", out, [*keys, f"seed={seed}"])
     run_rows(commands | dict(others), base, args.jobs)
 
-
 def outcomes_of(row: str, base: Path) -> list[dict]:
     """One for each seed, of this call and of earlier ones."""
-    scores = sorted(base.glob(place_of(row, "[0-9]*") + "/score.json"))
+    scores = sorted(base.glob(row_folder(row, "[0-9]*") + "/score.json"))
     return [outcome(path.parent) for path in scores]
-
 
 def distillation_grid(args):
     cfg = read_config(DistillConfig(), ["--config", args.config, *args.overrides])
@@ -206,7 +191,7 @@ def distillation_grid(args):
         run_seeds(args, {LONGER: [*KD_ROWS["alone"], f"steps={more}"]}, base, seeds)
         seconds[LONGER] = seconds["alone"]
 
-    student = load_model(base / place_of("alone", cfg.seed) / "final")[0]
+    student = load_model(base / row_folder("alone", cfg.seed) / "final")[0]
     found = {
         **about_grid(args, cfg), "prompts": args.prompts, "each": args.each, "slowest": slowest,
         "params": count_params(student), "teacher_params": count_params(load_model(teacher)[0]),
@@ -218,11 +203,9 @@ def distillation_grid(args):
         found["rows"][row] = {"steps": outcomes[-1]["steps"], "step_s": step_s, "seeds": outcomes}
     write_result(args, found)
 
-
 # ------------------------------------------------------------------------- ablation
 def half_depths(depths: list[int]) -> list[int]:
     return [-(-depth // 2) for depth in depths]
-
 
 def at_small_width(row: str, cfg: UNetConfig) -> UNetConfig:
     """The row's flags of the paper's ladder, with half its depths, on the widths of `cfg`."""
@@ -233,7 +216,6 @@ def at_small_width(row: str, cfg: UNetConfig) -> UNetConfig:
                    depth_mid=half_depths([preset.depth_mid])[0],
                    depth_up=half_depths(preset.depth_up))
 
-
 def denoising_seconds(nets: dict, latent: int, context: int, device) -> dict[str, float]:
     """Median seconds of one denoising step of each network, at batch 1, in turns."""
     x = torch.randn(1, 16, latent, latent, device=device)
@@ -241,7 +223,6 @@ def denoising_seconds(nets: dict, latent: int, context: int, device) -> dict[str
     steps = {name: lambda net=net: net(x, t, text).sum().item() for name, net in nets.items()}
     with torch.inference_mode():
         return in_turns(steps, rounds=15)
-
 
 def ablation_grid(args):
     cfg = read_config(TrainConfig(), ["--config", args.config, *args.overrides])
@@ -266,7 +247,6 @@ def ablation_grid(args):
             **outcome(base / row)}
     write_result(args, found)
 
-
 def main(argv):
     p = argparse.ArgumentParser(prog="python -m lab.grids", description=__doc__.split("\n")[0],
                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -290,7 +270,6 @@ def main(argv):
     if "alone" not in args.kd_rows:
         raise UserError("--kd-rows needs 'alone', with which the others are compared")
     distillation_grid(args)
-
 
 if __name__ == "__main__":
     with friendly():

@@ -8,6 +8,7 @@ B batch | C channels | L text tokens | D text width | size: pixels of the pictur
 """
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -15,8 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from common import UserError
 from decoder import AutoencoderConfig, tiny_decoder
 from model import PRESETS, UNet
-
-OURS_TOKENS, OURS_WIDTH = 333, 2304     # CLIP's 77 tokens and Gemma's 256, in Gemma's width
 
 SDXL = {
     "block_out_channels": (320, 640, 1280), "transformer_layers_per_block": (1, 2, 10),
@@ -55,33 +54,26 @@ SD3_VAE = {
     "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 16,
 }
 
-
 # ------------------------------------------------------------------------- how each is called
 def call_plain(net, *inputs):
     return net(*inputs)
 
-
 def call_diffusers(net, x, t, text):
     return net(x, 1000 * t, text).sample
-
 
 def call_sdxl(net, x, t, text):
     extra = {"text_embeds": x.new_zeros(len(x), 1280), "time_ids": x.new_zeros(len(x), 6)}
     return net(x, 1000 * t, text, added_cond_kwargs=extra).sample
 
-
 def call_sana(net, x, t, text):
     return net(x, text, 1000 * t).sample
-
 
 def call_pixart(net, x, t, text):
     extra = {"resolution": None, "aspect_ratio": None}
     return net(x, text, 1000 * t, added_cond_kwargs=extra).sample
 
-
 def call_sd3(net, x, t, text):
     return net(x, text, x.new_zeros(len(x), 2048), 1000 * t).sample
-
 
 @dataclass
 class Peer:
@@ -122,48 +114,44 @@ class Peer:
         params = sum(p.numel() for p in net.parameters())
         return {"params": params, "flops": counter.get_total_flops(), "bytes": sum(moved)}
 
-
-def load_diffusers():
+def make_published(kind: str, part: str = "", **config):
+    """A model of diffusers, or a part of it, at random weights."""
     try:
         import diffusers
     except ImportError:
         raise UserError("the peers come from diffusers: `pip install diffusers`, or ask for "
                         "--nets ours") from None
-    return diffusers
+    net = getattr(diffusers, kind)(**config)
+    return getattr(net, part) if part else net
 
+def make_ours():
+    return UNet(PRESETS["t2i"])
 
-def denoisers(wanted=()) -> dict[str, Peer]:
-    """Ours first, then its peers; only ours where nothing else is wanted (without diffusers)."""
-    text = (OURS_TOKENS, OURS_WIDTH)
-    ours = Peer("SnapGen, 379 M (ours)", lambda: UNet(PRESETS["t2i"]), 16, text=text)
-    if set(wanted) == {"ours"}:
-        return {"ours": ours}
-    d = load_diffusers()
-    return {
-        "ours": ours,
-        "dreamlite": Peer("DreamLite's layout, our widths",
-                          lambda: d.DreamLiteUNetModel(**DREAMLITE), 16, 8, text, call_diffusers),
-        "sd15": Peer("SD 1.5", lambda: d.UNet2DConditionModel(cross_attention_dim=768),
-                     4, 8, (77, 768), call_diffusers),
-        "sdxl": Peer("SDXL", lambda: d.UNet2DConditionModel(**SDXL), 4, 8, (77, 2048), call_sdxl),
-        "sana": Peer("SANA 0.6 B", lambda: d.SanaTransformer2DModel(**SANA),
-                     32, 32, (300, 2304), call_sana),
-        "pixart": Peer("PixArt-Sigma", lambda: d.PixArtTransformer2DModel(**PIXART),
-                       4, 8, (300, 4096), call_pixart, conv=False),
-        "sd3": Peer("SD3-Medium", lambda: d.SD3Transformer2DModel(**SD3),
-                    16, 8, (333, 4096), call_sd3, conv=False),
-    }
+def make_our_decoder():
+    return tiny_decoder(AutoencoderConfig())
 
-
-def decoders(wanted=()) -> dict[str, Peer]:
-    """As denoisers()."""
-    ours = Peer("tiny decoder (ours)", lambda: tiny_decoder(AutoencoderConfig()), 16)
-    if set(wanted) == {"ours"}:
-        return {"ours": ours}
-    d = load_diffusers()
-    return {
-        "ours": ours,
-        "taesd3": Peer("TAESD3", lambda: d.AutoencoderTiny(latent_channels=16).decoder, 16),
-        "dcae": Peer("DC-AE f32 (SANA)", lambda: d.AutoencoderDC(**DC_AE).decoder, 32, 32),
-        "sd3": Peer("SD3's decoder", lambda: d.AutoencoderKL(**SD3_VAE).decoder, 16),
-    }
+DENOISERS = {
+    "ours": Peer("SnapGen, 379 M (ours)", make_ours, 16, 8, (333, 2304)),   # CLIP's 77, Gemma's 256
+    "dreamlite": Peer("DreamLite's layout, our widths",
+                      partial(make_published, "DreamLiteUNetModel", **DREAMLITE),
+                      16, 8, (333, 2304), call_diffusers),
+    "sd15": Peer("SD 1.5", partial(make_published, "UNet2DConditionModel", cross_attention_dim=768),
+                 4, 8, (77, 768), call_diffusers),
+    "sdxl": Peer("SDXL", partial(make_published, "UNet2DConditionModel", **SDXL),
+                 4, 8, (77, 2048), call_sdxl),
+    "sana": Peer("SANA 0.6 B", partial(make_published, "SanaTransformer2DModel", **SANA),
+                 32, 32, (300, 2304), call_sana),
+    "pixart": Peer("PixArt-Sigma", partial(make_published, "PixArtTransformer2DModel", **PIXART),
+                   4, 8, (300, 4096), call_pixart, conv=False),
+    "sd3": Peer("SD3-Medium", partial(make_published, "SD3Transformer2DModel", **SD3),
+                16, 8, (333, 4096), call_sd3, conv=False),
+}
+DECODERS = {
+    "ours": Peer("tiny decoder (ours)", make_our_decoder, 16),
+    "taesd3": Peer("TAESD3", partial(make_published, "AutoencoderTiny", "decoder",
+                                     latent_channels=16), 16),
+    "dcae": Peer("DC-AE f32 (SANA)", partial(make_published, "AutoencoderDC", "decoder", **DC_AE),
+                 32, 32),
+    "sd3": Peer("SD3's decoder", partial(make_published, "AutoencoderKL", "decoder", **SD3_VAE),
+                16),
+}

@@ -10,6 +10,7 @@ import json
 import re
 import statistics
 import sys
+from functools import partial
 from pathlib import Path
 
 from common import ROOT, UserError, friendly
@@ -41,7 +42,6 @@ ABLATION = {    # row: (change, M parameters, GMACs at 1024 px, what the paper r
               371.6, 662.6, "FID 2.06"),
 }
 
-
 # ------------------------------------------------------------------------- reading and writing
 def read_result(folder, name: str) -> dict:
     """folder/NAME.json. UserError where it is missing or no JSON."""
@@ -52,12 +52,10 @@ def read_result(folder, name: str) -> dict:
         raise UserError(f"cannot read {path} ({e}): the line below its table in docs/ has the "
                         "command that makes it") from None
 
-
 def runs_of(folder, ckpt: str) -> dict[int, dict]:
     """{steps: score.json} of the runs folder/NAME that scored this checkpoint, most steps first.
 
-    UserError where two runs claim the same number of steps.
-    """
+    UserError where two runs claim the same number of steps."""
     runs, places = {}, {}
     for path in sorted(Path(folder).glob("*/score.json")):
         run = read_result(path.parent, "score")
@@ -73,7 +71,6 @@ def runs_of(folder, ckpt: str) -> dict[int, dict]:
                         f"--out {folder}/NAME")
     return dict(sorted(runs.items(), reverse=True))
 
-
 def table(rows: list[dict], columns: dict[str, str]) -> str:
     """Markdown: columns are {title: format of a row}, such as {"GiB": "{gib:.2f}"}."""
     lines = [list(columns), ["---"] * len(columns)]
@@ -81,27 +78,22 @@ def table(rows: list[dict], columns: dict[str, str]) -> str:
         lines.append([form.format(**row) for form in columns.values()])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
-
 def source(command: str, run: dict) -> str:
     """The line below a table: how it was made."""
     threads = f", {run['threads']} threads" if "threads" in run else ""
     return (f"\n\n`{command}`, commit {run['commit']}, {run['machine']}{threads}, "
             f"torch {run['torch']}, {run['date']}, seed {run['seed']}.")
 
-
 def interval_text(score: dict) -> str:
     return f"{score['score']:.3f} ({score['low']:.3f} - {score['high']:.3f})"
-
 
 def by_category(values) -> dict:
     """{category: text} of six numbers."""
     return {category: f"{value:.2f}" for category, value in zip(CATEGORIES, values)}
 
-
 def score_row(scores: dict, **more) -> dict:
     return {"mean": interval_text(scores["mean"]), **more,
             **by_category(scores[category]["score"] for category in CATEGORIES)}
-
 
 def in_units(row: dict) -> dict:
     """With its numbers as they are shown: millions, GFLOP, GiB, milliseconds, GFLOP/s."""
@@ -113,9 +105,7 @@ def in_units(row: dict) -> dict:
         row["rate"] = row["gflop"] / row["s"]
     return row
 
-
 COLUMNS = {category: "{" + category + "}" for category in CATEGORIES}
-
 
 # ------------------------------------------------------------------------- docs/RESULTS.md
 def geneval(folder) -> str:
@@ -137,7 +127,6 @@ def geneval(folder) -> str:
     return table(rows, columns) + source(
         "python evaluate.py --ckpt assets/scenes --steps 28 --out docs/results/base28", full)
 
-
 def mistakes(folder) -> str:
     """What goes wrong most in each category, in 28 steps."""
     full, rows = next(iter(runs_of(folder, BASE).values())), []
@@ -149,7 +138,6 @@ def mistakes(folder) -> str:
     return table(rows, {
         "category": "{category}", "score (95 %)": "{score}", "ceiling": "{ceiling:.3f}",
         "against another prompt": "{shuffled:.3f}", "mistaken most (pictures)": "{worst}"})
-
 
 def few_steps(folder) -> str:
     base, fast, rows = runs_of(folder, BASE), runs_of(folder, FAST), []
@@ -169,7 +157,6 @@ def few_steps(folder) -> str:
                "paper distilled (GenEval)": "{paper_after}"}
     return table(rows, columns) + source(
         "python evaluate.py --ckpt assets/fast --steps 4 --out docs/results/fast4", fast[4])
-
 
 def distillation(folder) -> str:
     found = read_result(folder, "distillation")
@@ -192,7 +179,6 @@ def distillation(folder) -> str:
     return table(rows, columns) + source(
         "python -m lab.grids distillation --seeds 2 --prompts 30 --each 4", found)
 
-
 def ablation(folder) -> str:
     found = read_result(folder, "ablation")
     first, rows = next(iter(found["rows"].values()))["step_512_s"], []
@@ -209,7 +195,6 @@ def ablation(folder) -> str:
                "paper reports": "{paper}"}
     return table(rows, columns) + source("python -m lab.grids ablation", found)
 
-
 def decoder_quality(folder) -> str:
     ae, bench = read_result(folder, "ae"), read_result(folder, "bench_decoder")
     known = {"ours": "not measured", "taesd3": "", "sd3": "out of memory (paper)"}
@@ -222,7 +207,6 @@ def decoder_quality(folder) -> str:
                "PSNR on held-out scenes": "{psnr}", "iPhone, 1024 px": "{phone}"}
     return table(rows, columns).replace("nan", "") + source(
         "python train_decoder.py --test assets/ae docs/ae.png docs/results/ae.json", ae)
-
 
 # ------------------------------------------------------------------------- docs/BENCH.md
 NETWORK = {"network": "{name}", "M parameters": "{M:.2f}", "GFLOP": "{gflop:.0f}", "s": "{s:.2f}",
@@ -239,17 +223,14 @@ FLOOR = {"config": "{config}", "network": "{net}", "batch": "{batch}",
 SCALING = {"network": "{net}", "px": "{size}", "batch": "{batch}", "s": "{s:.2f}",
            "GFLOP/s": "{rate:.0f}", "GiB": "{gib:.2f}"}
 
-
 def beside_machine(found: dict) -> list[dict]:
     """Rows with their share of the matrix product's FLOP/s, and both floors in seconds.
 
-    The machine's limit is the median over the whole run: it varies by a fifth within minutes.
-    """
+    The machine's limit is the median over the whole run: it varies by a fifth within minutes."""
     peak, band = (statistics.median(found[key]) for key in ("peak_flops", "bandwidth"))
     return [in_units(row) | {"share": row["flops"] / row["s"] / peak,
                              "floor": row["flops"] / peak, "floor_bytes": row["bytes"] / band}
             for row in found["rows"]]
-
 
 def bench_networks(folder, subject: str) -> str:
     found = read_result(folder, f"bench_{subject}")
@@ -259,29 +240,17 @@ def bench_networks(folder, subject: str) -> str:
     about = source(f"python -m lab.bench {subject} --out docs/results", found)
     return table(beside_machine(found), NETWORK) + about + limits
 
-
-def bench_unet(folder) -> str:
-    return bench_networks(folder, "unet")
-
-
-def bench_decoder(folder) -> str:
-    return bench_networks(folder, "decoder")
-
-
 def bench_sample(folder) -> str:
     found = read_result(folder, "bench_sample")
     return table(map(in_units, found["rows"]), SAMPLE) + source("python -m lab.bench sample", found)
-
 
 def bench_train(folder) -> str:
     found = read_result(folder, "bench_train")
     return table(map(in_units, found["rows"]), TRAIN) + source("python -m lab.bench train", found)
 
-
 def bench_floor(folder) -> str:
     rows = read_result(folder, "bench_train")["floors"]
     return table([in_units(r) | {"mfu": r["work_s"] / r["least_s"]} for r in rows], FLOOR)
-
 
 def bench_scaling(folder) -> str:
     found, rows, steps = read_result(folder, "bench_scaling"), [], []
@@ -293,7 +262,6 @@ def bench_scaling(folder) -> str:
     note = f" The shipped model, 64 px, guided, without decoding: {', '.join(steps)}."
     return table(rows, SCALING) + source("python -m lab.bench --scaling", found) + note
 
-
 def bench_data(folder) -> str:
     found = read_result(folder, "bench_data")
     names = {"drawn": "scenes drawn, one core (once)",
@@ -303,7 +271,6 @@ def bench_data(folder) -> str:
     rows = [{"what": what, "speed": found[key]} for key, what in names.items()]
     columns = {"what": "{what}", "pictures/s": "{speed:.0f}"}
     return table(rows, columns) + source("python -m lab.bench data", found)
-
 
 def bench_aims(folder) -> str:
     """What was aimed at, on a CPU, and what was measured; BENCH.md says why where it was missed."""
@@ -326,12 +293,12 @@ def bench_aims(folder) -> str:
                  "value": f"{outside:.1%}", "verdict": "reached" if outside < 0.05 else "missed"})
     return table(rows, {"what": "{what}", "aim": "{aim}", "measured": "{value}", "": "{verdict}"})
 
-
 TABLES = {function.__name__: function for function in (
     geneval, mistakes, few_steps, distillation, ablation, decoder_quality, bench_aims,
-    bench_unet, bench_decoder, bench_sample, bench_train, bench_floor, bench_data, bench_scaling)}
+    bench_sample, bench_train, bench_floor, bench_data, bench_scaling)}
+for subject in ("unet", "decoder"):
+    TABLES[f"bench_{subject}"] = partial(bench_networks, subject=subject)
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
 
 def fill_tables(text: str, folder=RESULTS) -> str:
     """The page with the tables between its markers made anew. UserError for unknown names."""
@@ -341,7 +308,6 @@ def fill_tables(text: str, folder=RESULTS) -> str:
             raise UserError(f"no table '{name}': there are {', '.join(TABLES)}")
         return f"{begin}{TABLES[name](folder)}\n{end}"
     return MARKED.sub(made_anew, text)
-
 
 def main(argv):
     for name in argv:
@@ -353,7 +319,6 @@ def main(argv):
         text = path.read_text()
         path.write_text(fill_tables(text))
         print(f"{page}: {len(MARKED.findall(text))} tables")
-
 
 if __name__ == "__main__":
     with friendly():
