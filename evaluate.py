@@ -35,7 +35,6 @@ from plots import grid
 from sample import SAMPLERS, generate, sampling
 from scenes import CATEGORIES, Scene, Scenes
 
-
 def frechet(a, b) -> float:
     """Distance of Gaussians fitted to features (N, F) and (M, F) (Heusel et al. 2017, eq. 6)."""
     a, b = a.double(), b.double()
