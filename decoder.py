@@ -20,7 +20,6 @@ import torch.nn.functional as F
 from checkpoint import hub_folder, hub_tensors, load_checkpoint, load_into, resolve
 from common import UserError, attention, autocast, fill, friendly, option, use_bfloat16
 
-
 @dataclass
 class AutoencoderConfig:
     latent: int = option(16, low=1)

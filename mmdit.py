@@ -21,7 +21,6 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import hub_folder
 from common import UserError, attention, option
 
-
 @dataclass
 class MMDiTConfig:
     """The defaults are SD3.5-Large: 8.06 B parameters."""

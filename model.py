@@ -21,7 +21,6 @@ from common import UserError, attention, fill, option
 from mmdit import MMDiT, MMDiTConfig
 from text import Text, TextConfig, TextEncoder, Tokens, load_encoders, load_vocabulary, on_device
 
-
 # ---------------------------------------------------------------------------- config
 @dataclass
 class UNetConfig:

@@ -223,7 +223,7 @@ class TextEncoder(nn.Module):
 
 
 # ---------------------------------------------------------------------------- published encoders
-class Source(NamedTuple):
+class HubSource(NamedTuple):
     """Where an encoder is published, and how large it is."""
     hub: str
     inside: str             # its subfolder there, "" for the top
@@ -238,10 +238,10 @@ class Source(NamedTuple):
 CLIP, SDXL = "CLIPTextModelWithProjection", "stabilityai/stable-diffusion-xl-base-1.0"
 SD35 = "stabilityai/stable-diffusion-3.5-large"
 SOURCES = {
-    "clip_l": Source(SDXL, "text_encoder", "", "open", CLIP, 123_650_304, 768, 768),
-    "clip_g": Source(SDXL, "text_encoder_2", "_2", "open", CLIP, 694_659_840, 1280, 1280),
-    "gemma": Source("google/gemma-2-2b", "", "_3", "gated", "Gemma2Model", 2_614_341_888, 2304),
-    "t5": Source(SD35, "text_encoder_3", "_3", "gated", "T5EncoderModel", 4_762_310_656, 4096),
+    "clip_l": HubSource(SDXL, "text_encoder", "", "open", CLIP, 123_650_304, 768, 768),
+    "clip_g": HubSource(SDXL, "text_encoder_2", "_2", "open", CLIP, 694_659_840, 1280, 1280),
+    "gemma": HubSource("google/gemma-2-2b", "", "_3", "gated", "Gemma2Model", 2_614_341_888, 2304),
+    "t5": HubSource(SD35, "text_encoder_3", "_3", "gated", "T5EncoderModel", 4_762_310_656, 4096),
 }
 SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"),
         "sd3": ("clip_l", "clip_g", "t5")}
@@ -384,7 +384,7 @@ def download_encoder(hub: str, inside: str, words: str) -> str:
     return snapshot_download(hub, allow_patterns=[*small, f"{top}model*.safetensors"])
 
 
-def how_to_get(name: str, source: Source, folder: str, at: str, e: Exception) -> str:
+def how_to_get(name: str, source: HubSource, folder: str, at: str, e: Exception) -> str:
     """The error of an encoder that is not whole: what to download, how large it is, where to."""
     command = f"hf download {source.hub}"
     if source.inside:

@@ -16,7 +16,6 @@ from checkpoint import VERSION
 from common import UserError
 from coreml.ane import calibrate
 
-
 def check_coreai():
     try:
         import coreai_torch

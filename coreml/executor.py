@@ -14,7 +14,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-
 class CheckError(Exception):
     """One line that says what is wrong with a package, or what this executor lacks."""
 

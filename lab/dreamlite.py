@@ -30,7 +30,6 @@ from checkpoint import hub_folder, hub_tensors, load_into
 from common import UserError, friendly
 from model import Attention, ResBlock, Transformer, TransformerBlock, UNet, UNetConfig, count_params
 
-
 class DreamLiteBlock(TransformerBlock):
     def __init__(self, cfg, C, self_attn):
         super().__init__(cfg, C, self_attn)
