@@ -236,7 +236,7 @@ class MMDiT(nn.Module):
             mask = torch.cat([mask.new_ones(B, h * w), mask], 1)[:, None, None]     # (B, 1, 1, M)
         condition = self.condition(t, pooled)                               # (B, D)
         context = self.context_embedder(context)                            # (B, L, D)
-        positions = self.positions(h, w).to(x.dtype)    # fp32 under autocast: keeps the residuals so
+        positions = self.positions(h, w).to(x.dtype)    # fp32 under autocast, as residuals are
         x = self.pos_embed.proj(x).flatten(2).transpose(1, 2) + positions   # (B, N, D)
         taps = {}
         for i, block in enumerate(self.transformer_blocks):

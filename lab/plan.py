@@ -35,7 +35,7 @@ class PlanConfig:
 
 
 @dataclass
-class PlannedNet:
+class NetPlan:
     """A network of the training, and the bytes that it takes on each GPU, by purpose."""
     name: str
     kind: str
@@ -73,32 +73,32 @@ class Planner:
         if network:
             memory["activations"] = self.kept(network)[0]
         kind = type(module.denoiser if network else module).__name__
-        return PlannedNet(name, kind, params, memory)
+        return NetPlan(name, kind, params, memory)
 
-    def student(self, name: str, network, text: TextConfig, muon_lr=0.0, average=True) -> PlannedNet:
+    def student(self, name: str, network, text: TextConfig, muon_lr=0.0, average=True) -> NetPlan:
         """A denoiser that is trained with its text encoder."""
         with torch.device("meta"):
             net = TextToLatents(network, replace(text))
         return self.trained(name, net, muon_lr, average, network)
 
-    def frozen(self, name: str, network, gradients=False) -> PlannedNet:
+    def frozen(self, name: str, network, gradients=False) -> NetPlan:
         """A network that is asked; gradients: they pass through it to its input."""
         with torch.device("meta"):
             net = make_network(network)
         params = count_params(net)
         memory = {"weights": (4 if self.device.type == "cpu" else 2) * params,
                   "activations": self.kept(network)[0 if gradients else 1]}
-        return PlannedNet(name, type(net).__name__, params, memory)
+        return NetPlan(name, type(net).__name__, params, memory)
 
 
 # ---------------------------------------------------------------------------- the stages
-def plan_train(p: Planner, cfg: TrainConfig) -> tuple[list[PlannedNet], float]:
+def plan_train(p: Planner, cfg: TrainConfig) -> tuple[list[NetPlan], float]:
     """(parts, FLOPs a picture). A backward pass costs twice its forward pass."""
     parts = [p.student("network", cfg.network, cfg.text, cfg.muon_lr)]
     return parts, 3 * p.flops(cfg.network, cfg.text)
 
 
-def plan_distill(p: Planner, cfg: DistillConfig) -> tuple[list[PlannedNet], float]:
+def plan_distill(p: Planner, cfg: DistillConfig) -> tuple[list[NetPlan], float]:
     parts, flops = plan_train(p, cfg)
     parts[0].name = "student"
     if cfg.kd or cfg.featkd:
@@ -113,7 +113,7 @@ def plan_distill(p: Planner, cfg: DistillConfig) -> tuple[list[PlannedNet], floa
     return parts, flops
 
 
-def plan_adversarial(p: Planner, cfg: AdvConfig) -> tuple[list[PlannedNet], float]:
+def plan_adversarial(p: Planner, cfg: AdvConfig) -> tuple[list[NetPlan], float]:
     """The student is that of `init`, or the config's own where that is not trained yet."""
     student, text = cfg.network, cfg.text
     try:
@@ -154,7 +154,7 @@ STAGES = {TrainConfig: plan_train, DistillConfig: plan_distill, AdvConfig: plan_
 
 
 # ---------------------------------------------------------------------------- the report
-def report(cfg, p: Planner, plan: PlanConfig, parts: list[PlannedNet], flops: float) -> dict:
+def report(cfg, p: Planner, plan: PlanConfig, parts: list[NetPlan], flops: float) -> dict:
     """Prints what each GPU holds and how long cfg.steps take, and returns the numbers."""
     pictures = cfg.batch * cfg.accumulate * plan.gpus
     total = sum(sum(part.memory.values()) for part in parts) / GiB
