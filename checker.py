@@ -1,6 +1,6 @@
 """The checker: a small detector that reads objects, colours and places off a picture of a scene.
 
-    python checker.py [key=value]       trains it on renders, never on generated pictures
+    python checker.py [key=value]       trains it, on renders alone; writes runs/checker/final
 
 It finds centre points (Zhou et al. 2019, "Objects as Points") and has 1.95 M parameters.
 
@@ -21,18 +21,15 @@ from decoder import to_tensor
 from optim import EMA, Learner, Muon, rate
 from scenes import CATEGORIES, COLOURS, NOUNS, Scene, Scenes
 
-SIZE, CELL = 64, 4              # its own resolution: larger pictures are reduced to it
-CELLS = SIZE // CELL
+SIZE, CELLS = 64, 16            # its own resolution: larger pictures are reduced to it
 NOUN_LIST, COLOUR_LIST = list(NOUNS), list(COLOURS)
 NOUN_LOGITS = slice(4, 4 + len(NOUNS))          # channels of the head
 COLOUR_LOGITS = slice(4 + len(NOUNS), 4 + len(NOUNS) + len(COLOURS))
-
 
 # ------------------------------------------------------------------------- the network
 def conv_norm_silu(C_in, C_out, stride=1):
     conv = nn.Conv2d(C_in, C_out, 3, stride, 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(C_out), nn.SiLU())
-
 
 class CheckerBlock(nn.Module):
     def __init__(self, C):
@@ -43,7 +40,6 @@ class CheckerBlock(nn.Module):
 
     def forward(self, x):
         return F.silu(x + self.body(x))
-
 
 class Checker(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> a map (B, 94, n, n) and features (B, 224).
@@ -69,13 +65,11 @@ class Checker(nn.Module):
         joined = torch.cat([high, F.interpolate(low, scale_factor=2.0)], 1)         # (B, 224, n, n)
         return self.head(self.join(joined)), features
 
-
 def load_checker(path="assets/checker", device="cpu") -> Checker:
     """In fp32, frozen."""
     _, state = load_checkpoint(path)
     net = load_into(Checker(), state["model"], f"{path} as a checker (`python checker.py`)")
     return net.float().to(device).eval().requires_grad_(False)
-
 
 # ------------------------------------------------------------------------- training
 @dataclass
@@ -94,7 +88,6 @@ class CheckerConfig:
     workers: int = option(1, low=0)             # processes that render
     seed: int = option(0, low=0)
     device: str = "auto"
-
 
 class Renders:
     """A torch dataset of which item k is batch k: pictures, and what targets() gives for them."""
@@ -115,7 +108,6 @@ class Renders:
             pictures.append(picture)
         return torch.from_numpy(np.stack(pictures)), *targets(scenes)
 
-
 def soften(picture, rng):
     """Blur and noise as a decoder leaves them: a mix with a reduced copy, then noise."""
     small = Image.fromarray(picture).resize((SIZE // 2,) * 2, Image.Resampling.BOX)
@@ -124,7 +116,6 @@ def soften(picture, rng):
     mixed = picture.astype(np.float32) * (1 - mix) + blurred * mix
     noise = rng.normal(0, rng.uniform(0, 6), picture.shape)
     return (mixed + noise).clip(0, 255).astype(np.uint8)
-
 
 def targets(scenes: list[Scene]):
     """The objects of scenes as a table, and the map of their centres (B, n, n).
@@ -148,7 +139,6 @@ def targets(scenes: list[Scene]):
             heat[b, row, column] = 1.0
     return torch.tensor(table, dtype=torch.float32), heat
 
-
 def checker_loss(out, table, heat):
     """Focal loss of the centres, L1 of offsets and sizes, cross entropy of nouns and colours."""
     logit = out[:, 0].float()
@@ -163,7 +153,6 @@ def checker_loss(out, table, heat):
     if (colour >= 0).any():
         loss = loss + F.cross_entropy(found[:, COLOUR_LOGITS], colour, ignore_index=-1)
     return loss
-
 
 def train_checker(cfg: CheckerConfig):
     device, _, world = setup(cfg.device)
@@ -195,9 +184,7 @@ def train_checker(cfg: CheckerConfig):
             net.train()
             print(f"step {run.step}: right verdicts on held-out renders: {shares}", flush=True)
             run.restart_clock()
-    if run.finish({**net.state_dict(), **ema.state_dict()}):        # buffers are not averaged
-        print(f"{run.out}/final: for `evaluate.py --checker`, or to replace assets/checker")
-
+    run.finish({**net.state_dict(), **ema.state_dict()})            # buffers are not averaged
 
 # ------------------------------------------------------------------------- what it sees
 @dataclass
@@ -206,7 +193,6 @@ class Seen:
     colour: str
     x: float                # the centre, as shares of the picture
     y: float
-
 
 @torch.inference_mode()
 def look(net: Checker, pictures, threshold: float = 0.4, batch: int = 128):
@@ -223,7 +209,6 @@ def look(net: Checker, pictures, threshold: float = 0.4, batch: int = 128):
         features.append(feature.float().cpu())
     return seen, torch.cat(features)
 
-
 def read_map(out, peaks) -> list[Seen]:
     """The objects at the peaks (n, n) of one picture's map (94, n, n)."""
     seen = []
@@ -235,18 +220,13 @@ def read_map(out, peaks) -> list[Seen]:
         seen.append(Seen(noun, colour, x, y))
     return seen
 
-
 def judge(scene: Scene, seen: list[Seen]) -> str:
-    """What is wrong with a picture of this scene, "" where nothing is. GenEval's rules:
-
-    at least one of each object; exactly the number where one was asked for; the colour where one
-    was named; centres on the right sides of each other.
-    """
+    """What is wrong with a picture of this scene, "" where nothing is, by GenEval's rules."""
     asked = [group.noun for group in scene.groups]
     found = []
     for group in scene.groups:
         mine = [o for o in seen if o.noun == group.noun]
-        if not mine:
+        if not mine:                    # at least one of each object
             others = [o.noun for o in seen if o.noun not in asked]
             return f"{group.noun} became {others[0]}" if others else f"{group.noun} is missing"
         if scene.category in ("counting", "mixed") and len(mine) != group.count:
@@ -261,10 +241,9 @@ def judge(scene: Scene, seen: list[Seen]) -> str:
         horizontal = scene.relation in ("left of", "right of")
         a, b = [np.mean([o.x if horizontal else o.y for o in mine]) for mine in found]
         gap = b - a if scene.relation in ("left of", "above") else a - b
-        if gap < 0.05:
+        if gap < 0.05:                  # centres on the right sides of each other
             return f"not {scene.relation}"
     return ""
-
 
 def ceiling(net, n=200, size=SIZE, nouns=0, layout="slots") -> dict:
     """Share of right verdicts on n real held-out renders of each category."""
@@ -275,7 +254,6 @@ def ceiling(net, n=200, size=SIZE, nouns=0, layout="slots") -> dict:
         seen, _ = look(net, [source.render(scene) for scene in scenes])
         shares[category] = list(map(judge, scenes, seen)).count("") / n
     return shares
-
 
 if __name__ == "__main__":
     with friendly():

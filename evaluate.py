@@ -45,7 +45,6 @@ def frechet(a, b) -> float:
     means = (a.mean(0) - b.mean(0)).square().sum()
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
-
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
     """Shares of fakes within a real one's k-th neighbour's radius, and the reverse.
 
@@ -57,7 +56,6 @@ def precision_recall(real, fake, k=3) -> tuple[float, float]:
         near = [(torch.cdist(x, by) <= radii).any(1) for x in points.split(500)]
         return float(torch.cat(near).double().mean())
     return covered(fake, real), covered(real, fake)
-
 
 def inception_fid(real, fake, device) -> float | None:
     """The usual FID, on InceptionV3; None where torch-fidelity or its weights are not here."""
@@ -72,7 +70,6 @@ def inception_fid(real, fake, device) -> float | None:
     measured = calculate_metrics(input1=sets[0], input2=sets[1], fid=True, save_cpu_ram=True,
                                  cuda=device.type == "cuda", verbose=False)
     return measured["frechet_inception_distance"]
-
 
 @torch.no_grad()
 def latents_health(x0, real, ae, batch: int = 64) -> dict:
@@ -90,7 +87,6 @@ def latents_health(x0, real, ae, batch: int = 64) -> dict:
     }
     return {k: float(v) for k, v in values.items()}
 
-
 def health_warnings(h: dict) -> list[str]:
     """What latents_health() says is wrong with a student's pictures, a line each."""
     lines = []
@@ -106,13 +102,11 @@ def health_warnings(h: dict) -> list[str]:
                      f"{h['real_mean']:.2f}; lower lr or gan_weight, or raise kd_weight")
     return lines
 
-
 def interval(*rights, seed=0, n=2000) -> list[float]:
     """95 % interval, by resampling prompts, of the mean over `rights`, (prompts, pictures) each."""
     rng = np.random.default_rng(seed)
     means = [r.mean(1)[rng.integers(0, len(r), (n, len(r)))].mean(1) for r in rights]
     return [float(v) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
-
 
 def score(pictures, scenes: list[Scene], checker, each: int):
     """`each` pictures a scene, in order -> ({category or "mean": row}, verdicts, confusions)."""
@@ -134,11 +128,9 @@ def score(pictures, scenes: list[Scene], checker, each: int):
     confusions["mean"] = []
     return scores, verdicts, confusions
 
-
 def summary(mean, shuffled, *rights) -> dict:
     low, high = interval(*rights)
     return {"score": float(mean), "low": low, "high": high, "shuffled": float(shuffled)}
-
 
 def contact_sheet(pictures, captions, verdicts, per_category, each, shown=12):
     """The first prompts' first pictures, a row a category, framed green (right) or red (wrong)."""
@@ -152,7 +144,6 @@ def contact_sheet(pictures, captions, verdicts, per_category, each, shown=12):
             framed.append(np.asarray(picture))
             words.append(captions[i] + (f" [{verdicts[i]}]" if verdicts[i] else ""))
     return grid(framed, words, columns)
-
 
 def evaluate(a):
     device, _, _ = setup(a.device)
@@ -198,7 +189,6 @@ def evaluate(a):
     contact_sheet(pictures, captions, verdicts, columns, a.each).save(folder / "score.png")
     print(f"\n{folder}/score.json, {folder}/score.png")
 
-
 def print_table(result: dict):
     print("{ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {prompts} prompts a category, "
           "{each} pictures each, {seconds:.3f} s a picture\n".format(**result))
@@ -207,7 +197,6 @@ def print_table(result: dict):
         wrong = "; ".join(f"{what} ({n})" for what, n in result["confusions"][category][:3])
         print(f"{category:12} {row['score']:6.3f}  {row['low']:.3f} - {row['high']:.3f} "
               f"{result['ceiling'][category]:7.3f} {row['shuffled']:8.3f}  {wrong}")
-
 
 def distances(draw, checker, plain: Scenes, n: int) -> dict:
     """n pictures against n renders of the same scenes, and, as the floor, n other renders."""
@@ -226,7 +215,6 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
           "FID on InceptionV3's features (None: torch-fidelity is not installed, or its weights "
           "are not in torch's hub folder): {fid}".format(**found))
     return found
-
 
 def parse_evaluation(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
@@ -255,7 +243,6 @@ def parse_evaluation(argv):
     if not sheet.parent.is_dir() or sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
         raise UserError(f"--sheet {sheet}: name a .png, .jpg or .webp file in a folder that exists")
     return a
-
 
 if __name__ == "__main__":
     with friendly():

@@ -10,7 +10,6 @@ from common import UserError, read_log
 BLUE, ORANGE, GREEN, GREY = "#2a6fdb", "#e07b22", "#3d9a4a", "#a8a8a8"
 BINS = 8        # of t, in the log of distill.py
 
-
 def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image:
     """A sheet of uint8 pictures (H, W, 3), each with at most three lines of caption below it."""
     columns = columns or min(len(pictures), max(1, round(len(pictures) ** 0.5)))
@@ -30,20 +29,17 @@ def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image
             draw.text((x, y + h + line * n), text, fill=(40, 40, 40))
     return sheet
 
-
 # ------------------------------------------------------------------------- charts
 class Line(NamedTuple):
     label: str
     colour: str
     points: list[tuple]         # (x, y); those that are not finite are left out
 
-
 class Panel(NamedTuple):
     title: str
     x_label: str
     lines: list[Line]
     log: bool = True            # a logarithmic vertical axis, on which 0 and less have no place
-
 
 def chart(panels: list[Panel], out):
     """Saves the panels side by side."""
@@ -65,11 +61,9 @@ def chart(panels: list[Panel], out):
         ax.grid(alpha=0.25)
     figure.savefig(out, dpi=110)
 
-
 def series(rows: list[dict], key: str) -> list[tuple]:
     """(step, value) for each row of a log that has a value under that key."""
     return [(int(row["step"]), float(row[key])) for row in rows if row.get(key)]
-
 
 def losses(csv, out):
     """loss.png: the training loss and the averaged weights' loss on held-out pictures."""
@@ -79,7 +73,6 @@ def losses(csv, out):
         Line("held out, averaged weights", BLUE, series(rows, "val")),
     ])], out)
 
-
 def bin_means(rows: list[dict], name: str) -> list[tuple]:
     """(middle of the bin, mean over the rows); nan for a bin into which no picture fell."""
     means = []
@@ -87,7 +80,6 @@ def bin_means(rows: list[dict], name: str) -> list[tuple]:
         values = [v for _, v in series(rows, f"{name}{b}") if np.isfinite(v)]
         means.append(((b + 0.5) / BINS, np.mean(values) if values else np.nan))
     return means
-
 
 def scaling(run):
     """RUN/scaling.png: losses in bins of t over the last half of the run, before and after scaling.
@@ -110,7 +102,6 @@ def scaling(run):
                 lines.append(Line(f"L_{name}", colour, means))
         panels.append(Panel(title, "t: 0 is the picture, 1 is noise", lines))
     chart(panels, Path(run) / "scaling.png")
-
 
 def health(csv, out):
     """health.png: the discriminator's answers, and the predictions beside real pictures."""

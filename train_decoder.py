@@ -5,7 +5,6 @@
     python train_decoder.py --test DIR [out.png [out.json]]         PSNR on held-out scenes
 
 A run resumes by itself and ends in out/final.
-
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
 import json
@@ -40,7 +39,6 @@ from scenes import Scenes
 # Grey, blue-yellow, green-magenta. In RGB, L1 is content with the right grey and learns hue last.
 OPPONENT = [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, -1.0], [-1.0, 2.0, -1.0]]
 
-
 def pyramid_l1(a, b, levels=4):
     """L1 over a Laplacian pyramid of opponent colours. Unlike plain L1 it minds a blurred edge."""
     colours = torch.tensor(OPPONENT, device=a.device)
@@ -52,7 +50,6 @@ def pyramid_l1(a, b, levels=4):
         d = low
     return loss + d.abs().mean()
 
-
 class PatchDiscriminator(nn.Sequential):
     """Real or drawn, for each patch of about 22 px: (B, 3, H, W) -> logits (B, 1, H/8, W/8)."""
 
@@ -63,7 +60,6 @@ class PatchDiscriminator(nn.Sequential):
             nn.Conv2d(2 * C, 4 * C, 4, 2, 1), nn.GroupNorm(8, 4 * C), nn.LeakyReLU(0.2),
             nn.Conv2d(4 * C, 1, 3, padding=1),
         )
-
 
 class LPIPS(nn.Module):
     """Two pictures (B, 3, H, W) in [-1, 1] -> (B,): weighted squared distance of VGG's features."""
@@ -95,7 +91,6 @@ class LPIPS(nn.Module):
         both = zip(self.lin, self.normalised_features(a), self.normalised_features(b), strict=False)
         return sum((w * (x - y).square()).sum(1).mean((1, 2)) for w, x, y in both)      # (B,)
 
-
 def load_lpips(path: str, device="cpu") -> LPIPS:
     """Frozen, from the weights of the package `lpips`."""
     if not Path(path).is_file():
@@ -106,7 +101,6 @@ def load_lpips(path: str, device="cpu") -> LPIPS:
         key = re.sub(r"^net\.slice\d\.", "features.", key)
         state[re.sub(r"^lin(\d)\.model\.1\.weight$", r"lin.\1", key)] = value
     return load_into(LPIPS(), state, path).to(device).eval().requires_grad_(False)
-
 
 @dataclass
 class DecoderConfig:
@@ -140,7 +134,6 @@ class DecoderConfig:
         if self.size % 8:
             raise UserError(f"size={self.size} must be a multiple of 8 pixels")
 
-
 def pictures_of(folder="", split="train"):
     """picture(i, size) -> uint8 (size, size, 3), of scenes, or of a folder (1 in 20 held out)."""
     if not folder:
@@ -162,7 +155,6 @@ def pictures_of(folder="", split="train"):
         raise UserError(f"not one picture of {folder} can be read")
     return picture
 
-
 def batch_of(cfg, step, picture):
     """(B, 3, S, S) in [-1, 1], S = cfg.size. Of eight steps, one is on pictures of twice that,
     and one on parts of pictures of four times that."""
@@ -173,7 +165,6 @@ def batch_of(cfg, step, picture):
         y, x = rng.integers(0, size - crop + 1, 2)
         parts.append(picture(step * 64 + k, size)[y:y + crop, x:x + crop])
     return to_tensor(np.stack(parts))
-
 
 @torch.no_grad()
 def reconstruct(ae, size, n, picture=None):
@@ -189,12 +180,10 @@ def reconstruct(ae, size, n, picture=None):
         pairs.append((x, y))
     return float(np.mean(values)), pairs[:8]
 
-
 def recon_picture(pairs):
     """Three rows: inputs, outputs, and four times their difference on grey."""
     difference = [np.clip(128 + 4 * (b.astype(int) - a), 0, 255).astype(np.uint8) for a, b in pairs]
     return grid([a for a, _ in pairs] + [b for _, b in pairs] + difference, columns=len(pairs))
-
 
 # ------------------------------------------------------------------------- training
 def make_autoencoder(cfg: DecoderConfig, device) -> Autoencoder:
@@ -208,7 +197,6 @@ def make_autoencoder(cfg: DecoderConfig, device) -> Autoencoder:
     ae = Autoencoder(cfg.autoencoder)
     ae.encoder = frozen.encoder if frozen else ae.encoder
     return ae.to(device, memory_format=torch.channels_last)
-
 
 def autoencoder_loss(cfg, ae, x, step, amp, lpips=None):
     """Outputs (B, 3, H, W) for pictures x, their loss without the GAN, and parts for the log."""
@@ -227,7 +215,6 @@ def autoencoder_loss(cfg, ae, x, step, amp, lpips=None):
     loss = rec + cfg.lpips_weight * perceptual + cfg.kl * kl
     return y, loss, {"rec_loss": rec, "kl": kl}
 
-
 def discriminator_step(disc, learner, real, fake):
     """Hinge loss. Where a picture is NaN so is the gradient, and the learner drops the step."""
     disc.requires_grad_(True)
@@ -235,7 +222,6 @@ def discriminator_step(disc, learner, real, fake):
     loss.backward()
     learner.step()
     return loss
-
 
 def train_decoder(cfg: DecoderConfig):
     device, _, world = setup(cfg.device)
@@ -288,7 +274,6 @@ def train_decoder(cfg: DecoderConfig):
     if run.finish(final, {"autoencoder": asdict(ae.cfg)}):
         print(f"{run.out}/final: shift {ae.cfg.shift}, scale {ae.cfg.scale}")
 
-
 @torch.no_grad()
 def measure_latents(ae, cfg, picture, n=256):
     """Sets the shift and the scale that give the latents of n pictures zero mean, unit variance."""
@@ -296,7 +281,6 @@ def measure_latents(ae, cfg, picture, n=256):
     pictures = [to_tensor(picture(i, cfg.size)[None]) for i in range(n)]
     z = torch.cat([ae.moments(x.to(device))[0] for x in pictures])  # (n, C, h, w)
     ae.cfg.shift, ae.cfg.scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
-
 
 def measure_decoder(path, out="recon.png", table=None):
     ae = load_autoencoder(path)
@@ -307,7 +291,6 @@ def measure_decoder(path, out="recon.png", table=None):
     recon_picture(pairs).save(out)
     if table:
         Path(table).write_text(json.dumps(result, indent=1))
-
 
 if __name__ == "__main__":
     with friendly():
