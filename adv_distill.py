@@ -95,10 +95,9 @@ def simulated(net, walk, k, shape, text, g, sampler="renoise"):
         t, s = walk[i], walk[i + 1]
         some = type(text)(*(None if y is None else y[on] for y in text))
         x0 = predict(net, x[on], t.expand(len(on)), some)
+        after = x0 + s / t * (x[on] - x0)
         if sampler == "renoise":
             after = noised(x0, s.expand(len(on)), g)
-        else:
-            after = x0 + s / t * (x[on] - x0)
         x = x.index_copy(0, on, after)
     return x
 
@@ -111,15 +110,13 @@ def teacher_velocity(teacher, x, t, text: Text, steps: int):
 
 # ---------------------------------------------------------------------------- the discriminator
 class Head(nn.Module):
-    """Features (B, D, h, w), condition (B, W) -> a logit for each place (B, h w).
-
-    The condition enters as a projection (Miyato and Koyama 2018)."""
+    """Features (B, D, h, w) and a condition (B, W), which enters as a projection (Miyato and Koyama
+    2018) -> a logit for each place (B, h w)."""
 
     def __init__(self, D, W):
         super().__init__()
-        self.body = nn.Sequential(
-            nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(),
-            nn.Conv2d(W, W, 3, padding=1), nn.SiLU())
+        self.body = nn.Sequential(nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(),
+                                  nn.Conv2d(W, W, 3, padding=1), nn.SiLU())
         self.out = nn.Conv2d(W, 1, 1)
 
     def forward(self, f, c):
@@ -174,8 +171,7 @@ def over_heads(form, logits):
     return torch.stack([form(x).mean(1) for x in logits]).mean(0)
 
 def critic_loss(kind, real, fake):
-    on_real, on_fake, _ = FORMS[kind]
-    return over_heads(on_real, real) + over_heads(on_fake, fake)
+    return over_heads(FORMS[kind][0], real) + over_heads(FORMS[kind][1], fake)
 
 def generator_loss(kind, fake):
     return over_heads(FORMS[kind][2], fake)
@@ -244,11 +240,11 @@ class Game:
         k = torch.randint(cfg.K, (n,), generator=g, device=self.device)
         t = self.walk[k]                                        # (B,)
         turn = (step + 1) % cfg.generator_every == 0
-        with autocast(self.device, self.bfloat16):
-            if cfg.backward_simulation:
+        if cfg.backward_simulation:
+            with autocast(self.device, self.bfloat16):
                 x_t = simulated(self.net, self.walk, k, batch.x0.shape, batch.text, g, cfg.sampler)
-            else:
-                x_t = noised(batch.x0, t, g)
+        else:
+            x_t = noised(batch.x0, t, g)
         # a block of its own: autocast keeps weights that it has cast without gradients
         with autocast(self.device, self.bfloat16), torch.set_grad_enabled(turn):
             guess = predict(self.net, x_t, t, batch.text)       # (B, C, H, W)
@@ -286,9 +282,7 @@ class Game:
                 loss = loss + cfg.r1 * r1
                 values["r1"] = r1.mean()
         loss.mean().backward()
-        right = []
-        for r, f in zip(real, false):
-            right.append(((r > 0).float().mean() + (f < 0).float().mean()) / 2)
+        right = [((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, false)]
         values |= {f"accuracy_{tap}": share for tap, share in zip(critic.taps, right)}
         values |= {"d_loss": loss.mean(), "d_real": torch.cat(real, 1).sigmoid().mean(),
                    "d_fake": torch.cat(false, 1).sigmoid().mean(),
@@ -346,12 +340,12 @@ class Game:
         return self.mixed.scaled(task, losses, t)[0].mean(), values
 
 def fake_score(cfg: AdvConfig, net, device):
-    """The network that learns what G makes: from the real score's weights where it fits (DMD2)."""
+    """The network that learns what G makes: begins as the real score where that fits (DMD2)."""
     fake = copy.deepcopy(net)
     if find_teacher(cfg.teacher)[0] == "ours":
-        theirs, _ = load_model(cfg.teacher, device)
-        if theirs.denoiser.cfg == net.denoiser.cfg and theirs.text_cfg == net.text_cfg:
-            fake = theirs
+        real, _ = load_model(cfg.teacher, device)
+        if real.denoiser.cfg == net.denoiser.cfg and real.text_cfg == net.text_cfg:
+            fake = real
     return fake.requires_grad_(True).train()
 
 # ---------------------------------------------------------------------------- the loop

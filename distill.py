@@ -34,7 +34,7 @@ from data import Batch
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
 from model import TextToLatents, count_params, load_model, network_of
 from sample import repeated
-from text import Text, TextConfig, Tokens, load_encoders, on_device
+from text import Text, TextConfig, load_encoders, on_device
 from train import FlowConfig, TrainConfig, flow_loss, train
 
 @dataclass
@@ -54,22 +54,16 @@ class DistillConfig(TrainConfig):
 # ---------------------------------------------------------------------------- the teacher
 def find_teacher(name: str) -> tuple[str, Path | str]:
     """("ours", folder), ("sd3", folder) or ("hub", id)."""
-    folder = None
-    if name:
-        try:
-            folder = resolve(name)
-        except UserError:
-            if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith("runs/"):
-                return "hub", name
-    if folder is None:
-        raise UserError(f"no teacher at '{name}': train one (python train.py --config "
-                        "configs/teacher_nano.toml) and set teacher=, or turn both kd and featkd "
-                        "off")
-    file = folder / "config.json"
-    is_sd3 = (folder / "transformer").is_dir()
-    if file.is_file():
-        is_sd3 |= '"num_attention_heads"' in file.read_text(errors="replace")
-    return ("sd3" if is_sd3 else "ours"), folder
+    try:
+        folder = resolve(name or "teacher=")
+    except UserError:
+        if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith("runs/"):
+            return "hub", name
+        raise UserError(f"no teacher at '{name}': train one (python train.py --config configs/"
+                        "teacher_nano.toml) and set teacher=, or turn kd and featkd off") from None
+    if (folder / "transformer").is_dir() or "num_attention_heads" in read_description(folder):
+        return "sd3", folder
+    return "ours", folder
 
 def teacher_network(name: str):
     """The config of a teacher's network, from its files alone; a hub id's from its name."""
@@ -87,20 +81,19 @@ def teacher_tap(cfg: DistillConfig, network) -> str:
 
 def teacher_text(cfg: DistillConfig) -> TextConfig | None:
     """The encoders that an SD3 teacher reads; None: the teacher is ours, or there is none."""
-    if not cfg.teacher or find_teacher(cfg.teacher)[0] == "ours":
+    kind, where = find_teacher(cfg.teacher) if cfg.teacher else ("ours", "")
+    if kind == "ours":
         return None
-    kind, where = find_teacher(cfg.teacher)
     if kind == "sd3" and where.name == "transformer":
         where = where.parent                    # the encoders are beside it
     return TextConfig(kind="sd3", width=teacher_network(cfg.teacher).context_dim,
                       folder=str(where), leave_out=[] if cfg.teacher_t5 else ["t5"])
 
 class Teacher:
-    """A frozen denoiser, in eval mode, in bfloat16 on CUDA.
+    """A frozen denoiser in bfloat16 on CUDA, with its own text encoder or a cache's text states.
 
     It is no nn.Module, so that the objective that holds it neither trains it, nor saves it, nor
-    exchanges its gradients. It reads by its own text encoder, or, on a cache of your own pictures,
-    the text states that are there."""
+    exchanges its gradients."""
 
     def __init__(self, cfg: DistillConfig, device):
         kind, where = find_teacher(cfg.teacher)
@@ -109,7 +102,7 @@ class Teacher:
         self.text = None                        # our own text encoder
         self.encoders = None                    # SD3's, live
         self.states = None                      # SD3's, whose states are in the cache
-        self.last = None                        # captions and states of the last batch
+        self.last = None                        # captions and states of SD3's last batch
         if kind == "ours":
             self.load_ours(cfg, where, device)
         else:
@@ -119,7 +112,7 @@ class Teacher:
             else:
                 text = replace(teacher_text(cfg), dtype=str(self.dtype).split(".")[1])
                 self.encoders = load_encoders(text, device)
-        self.empty = self.empty_text(cfg, device)       # (1, L, D), for guidance
+        self.empty = self.empty_text(cfg, device)       # for guidance
         self.tap = teacher_tap(cfg, self.denoiser.cfg)
         # adv_distill.py sends gradients through it to its input: it checkpoints as the student does
         self.denoiser.cfg.checkpoint = cfg.network.checkpoint
@@ -142,23 +135,20 @@ class Teacher:
         """UserError where a teacher of ours cannot read the student's tokens."""
         if self.text is None:
             return
-        longest = self.text.cfg.max_tokens
-        if self.vocabulary.data != student.vocabulary.data:
-            raise UserError("the teacher has another vocabulary than the student: train it anew")
-        if longest < student.text_cfg.max_tokens:
-            raise UserError(f"the teacher reads {longest} tokens, the student up to "
-                            f"{student.text_cfg.max_tokens}: lower text.max_tokens")
+        longest, wanted = self.text.cfg.max_tokens, student.text_cfg.max_tokens
+        if self.vocabulary.data != student.vocabulary.data or longest < wanted:
+            raise UserError(f"the teacher has another vocabulary than the student, or reads only "
+                            f"{longest} of its {wanted} tokens: train it anew")
 
     @torch.no_grad()
     def empty_text(self, cfg: DistillConfig, device) -> Text:
-        """The empty caption's states."""
+        """The empty caption's states (1, L, D)."""
         if self.states or cfg.text.kind != "own":
             text = empty_caption(cfg, "sd3-" if self.states else "")
             return self.own_dtype(on_device(text, device))
         if self.encoders:
             return self.by_sd3([""])
-        empty = self.vocabulary.tokenize([""])
-        return self.text(on_device(empty, device))
+        return self.text(on_device(self.vocabulary.tokenize([""]), device))
 
     def own_dtype(self, text: Text) -> Text:
         pooled = None if text.pooled is None else text.pooled.to(self.dtype)
@@ -183,7 +173,8 @@ class Teacher:
             return self.own_dtype(batch.text)
         if self.text is not None:
             return self.text(batch.text)
-        return self.by_sd3(spelled(batch.text, vocabulary))
+        rows = zip(batch.text.ids.tolist(), batch.text.mask.sum(1).tolist())
+        return self.by_sd3([vocabulary.spell(ids[:n - 1]).strip() for ids, n in rows])  # no <end>
 
     @torch.no_grad()
     def __call__(self, x, t, text: Text, features=()):
@@ -197,11 +188,6 @@ class Teacher:
             v_empty = ask(repeated(self.empty, len(x)))
             v = v_empty + self.guidance * (v - v_empty)
         return v, taps
-
-def spelled(tokens: Tokens, vocabulary) -> list[str]:
-    """The captions of token ids, without <end>."""
-    rows = zip(tokens.ids.tolist(), tokens.mask.sum(1).tolist())
-    return [vocabulary.spell(ids[:n - 1]).strip() for ids, n in rows]
 
 # ---------------------------------------------------------------------------- the objective
 def by_bin(x, t):
@@ -304,17 +290,14 @@ class Distill(nn.Module):
                 ratio = task.detach() / loss.detach().clamp(min=1e-12)
             theirs = (1 - a) * ratio * loss
             total = total + a * task + theirs
-            values[name] = loss.detach().mean()
-            values[f"bin_{name}"] = by_bin(loss.detach(), t)
-            values[f"bin_{name}_scaled"] = by_bin(theirs.detach(), t)
+            values |= {name: loss.detach().mean(), f"bin_{name}": by_bin(loss.detach(), t),
+                       f"bin_{name}_scaled": by_bin(theirs.detach(), t)}
         values["task"] = task.detach().mean()
         values["bin_task_scaled"] = by_bin((a * task).detach(), t)
         return total, values
 
 def resized(f, size):
     """Features (B, D, h, w) on a grid of another size: means where it shrinks."""
-    if f.shape[2:] == size:
-        return f
     return F.interpolate(f, size, mode="area" if size[0] < f.shape[2] else "bilinear")
 
 def main(argv):
