@@ -1,7 +1,7 @@
-"""What a network costs: FLOPs, memory, the features that it can give. Nothing is computed for it:
-passes run on meta and fake tensors, in seconds.
+"""What a network costs: FLOPs, memory; and the features that it can give.
 
-Parameters are counted by model.count_params; what a whole training costs is told by lab/plan.py.
+Nothing is computed: passes run on meta and fake tensors. model.count_params counts parameters, and
+lab/plan.py tells what a whole training takes.
 """
 import time
 from collections import defaultdict
@@ -16,7 +16,6 @@ from text import TextConfig, TextEncoder, Tokens
 
 GiB = 2**30
 
-
 def dummy_inputs(network: UNetConfig | MMDiTConfig, batch: int, size: int, tokens: int) -> dict:
     """Keyword arguments of a network's forward pass at `size` pixels, on the context's device."""
     side = size // 8
@@ -30,12 +29,10 @@ def dummy_inputs(network: UNetConfig | MMDiTConfig, batch: int, size: int, token
         inputs["pooled"] = torch.empty(batch, network.pooled_dim)
     return inputs
 
-
 # ---------------------------------------------------------------------------- FLOPs
 def caption_tokens(text: TextConfig) -> int:
     """Tokens of a caption: a scene's typical ones, or all places of the frozen encoders."""
     return {"own": 16, "clip-l": 77}.get(text.kind, 77 + text.tokens)
-
 
 def forward_flops(network, size: int, tokens: int, text: TextConfig | None = None) -> int:
     """FLOPs of a forward pass on one picture; with `text` also those of our own text encoder.
@@ -51,13 +48,11 @@ def forward_flops(network, size: int, tokens: int, text: TextConfig | None = Non
             TextEncoder(text)(Tokens(ids, inputs["mask"]))
     return counter.get_total_flops()
 
-
 def training_flops(cfg, tokens: int = 0) -> int:
     """FLOPs of flow training on one picture, for a TrainConfig: the backward pass costs twice the
     forward one. tokens: of a caption; 0 = caption_tokens."""
     tokens = tokens or caption_tokens(cfg.text)
     return 3 * forward_flops(cfg.network, cfg.data.size, tokens, cfg.text)
-
 
 def matmul_speed(device, bfloat16: bool) -> float:
     """FLOP/s of the device's own matrix products, measured. train.py's MFU is relative to it."""
@@ -70,7 +65,6 @@ def matmul_speed(device, bfloat16: bool) -> float:
         best = max(best, 2 * n**3 / (time.time() - begin))
     return best
 
-
 # ---------------------------------------------------------------------------- taps
 def tap_names(network: UNetConfig | MMDiTConfig) -> list[str]:
     """The features that a network can give."""
@@ -78,7 +72,6 @@ def tap_names(network: UNetConfig | MMDiTConfig) -> list[str]:
         return [f"block{i}" for i in range(network.layers)]
     stages = range(len(network.widths))
     return [f"down{i}" for i in stages] + ["mid"] + [f"up{i}" for i in stages]
-
 
 def tap_shape(network, tap: str, size: int) -> tuple[int, int, int]:
     """(C, h, w) of one of them at `size` pixels."""
@@ -90,16 +83,14 @@ def tap_shape(network, tap: str, size: int) -> tuple[int, int, int]:
         _, features = net(**dummy_inputs(network, 1, size, 1), features=(tap,))
     return tuple(features[tap].shape[1:])
 
-
 # ---------------------------------------------------------------------------- memory
 def activations(network, batch: int, size: int, tokens: int, bfloat16: bool) -> tuple[int, int]:
     """(bytes that a training pass keeps for its backward pass, those of its greediest layer).
 
-    The greediest layer is also about what a pass without gradients holds at a time. Counted, not
-    modelled: a pass on fake tensors, which know autocast, under autograd's saved-tensor hooks; each
-    storage once, parameters left out. With checkpoint: what enters the layers, what is kept between
-    them, and the greediest layer. Not counted: temporaries of a kernel, and the allocator's
-    fragments, for which 10 % is a fair allowance.
+    The greediest layer is also about what a pass without gradients holds at a time. Counted by
+    autograd's saved-tensor hooks in a pass on fake tensors, which know autocast: each storage once,
+    without parameters. With checkpoint: what enters the layers, what is kept between them, and the
+    greediest layer. Without a kernel's temporaries and the allocator's fragments, about 10 %.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept = {}           # storage -> (tensor, the layer that kept it); tensors, lest addresses recur
@@ -111,15 +102,12 @@ def activations(network, batch: int, size: int, tokens: int, bfloat16: bool) -> 
         current = module
         entered.update({storage(x): x for x in args if torch.is_tensor(x)})
 
-    def leave(module, args, output):
+    def leave(*_):
         nonlocal current
         current = None
 
     def pack(x):
         kept.setdefault(storage(x), (x, current))
-        return x
-
-    def unpack(x):
         return x
 
     with FakeTensorMode():
@@ -129,7 +117,7 @@ def activations(network, batch: int, size: int, tokens: int, bfloat16: bool) -> 
                 m.register_forward_pre_hook(enter)
                 m.register_forward_hook(leave)
         inputs = dummy_inputs(network, batch, size, tokens)
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
                 net(**inputs)
     for p in net.parameters():
@@ -145,7 +133,6 @@ def activations(network, batch: int, size: int, tokens: int, bfloat16: bool) -> 
         if key not in kept or kept[key][1] is not None:     # the others are in of_layer[None]
             total += x.untyped_storage().nbytes()
     return total, greediest
-
 
 def storage(x) -> int:
     return x.untyped_storage()._cdata

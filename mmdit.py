@@ -44,7 +44,7 @@ class MMDiTConfig:
         if any(block >= self.layers for block in self.dual):
             raise UserError(f"dual={self.dual} names blocks, but layers={self.layers}")
 
-# SD3.5-Medium. SD3-Medium has no dual, no qk_norm, and a position_max of 192
+# SD3.5-Medium; SD3-Medium has no dual, no qk_norm, and a position_max of 192
 MEDIUM = dict(layers=24, heads=24, position_max=384, dual=list(range(13)))
 
 # ---------------------------------------------------------------------------- parts of a block
@@ -229,9 +229,8 @@ class MMDiT(nn.Module):
                              f"at most, got {H}x{W}")
         h, w = H // p, W // p
         if pooled is None:
-            seen = torch.ones_like(context[..., 0]) if mask is None else mask.to(context.dtype)
-            weight = seen[..., None]                                        # (B, L, 1)
-            pooled = (context * weight).sum(1) / weight.sum(1).clamp(min=1)
+            real = torch.ones_like(context[..., 0]) if mask is None else mask.to(context.dtype)
+            pooled = (context * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
         if mask is not None:                                                # image is always seen
             mask = torch.cat([mask.new_ones(B, h * w), mask], 1)[:, None, None]     # (B, 1, 1, M)
         condition = self.condition(t, pooled)                               # (B, D)

@@ -1,9 +1,8 @@
 """SnapGen's text-to-image UNet (arXiv 2412.09619, section 3.1), in plain PyTorch. And what is
 trained, TextToLatents: a UNet or an MMDiT, with its text encoder.
 
-SnapGen starts from SDXL's UNet and walks down a ladder of ablations until 2.6 B parameters have
-become 0.38 B. Each rung is one field of UNetConfig; LADDER below spells the rungs out, and
-`python model.py` prints what each of them costs.
+SnapGen starts from SDXL's UNet and walks down a ladder of ablations until 2.6 B parameters are
+0.38 B. The rungs are in LADDER below, and `python model.py` prints what each of them costs.
 
 B batch | C channels | H W latent rows, columns | N = H * W image tokens | L text tokens
 D width of a head | G key/value heads (1 = multi-query attention) | R query heads that share one
@@ -54,8 +53,8 @@ class UNetConfig:
             raise UserError("widths, depth_down, depth_up and self_attn need one entry per stage")
         unit = math.lcm(self.groups, self.head_dim * (self.kv_heads or 1))
         if any(C % unit for C in self.widths):
-            raise UserError(f"widths {self.widths} are not multiples of {unit}, which follows from "
-                            "groups, head_dim and kv_heads")
+            raise UserError(f"widths {self.widths} must be multiples of {unit}: of groups, and of "
+                            "head_dim times kv_heads")
         if self.time_freqs % 2 or (self.rope and self.head_dim % 4):
             raise UserError("time_freqs must be even, and with rope head_dim a multiple of 4")
 
@@ -77,8 +76,7 @@ LADDER = {
 PRESETS = {}
 row = UNetConfig()
 for name, change in LADDER.items():
-    row = replace(row, **change)
-    PRESETS[name] = row
+    row = PRESETS[name] = replace(row, **change)
 PRESETS["imagenet"] = row                           # 372 M: class names through CLIP-L
 PRESETS["t2i"] = replace(row, context_dim=2304)     # 379 M
 PRESETS["sdxl"] = replace(                          # SDXL without its pooled-text branch
@@ -122,8 +120,8 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6) * self.weight).type_as(x)
 
 def rope_table(H, W, D, base, device):
-    """cos and sin of an HxW grid's angles, (N, 1, D/2) each: half of a head's pairs of channels
-    turn with the row, half with the column. Cheap enough to build anew in each forward pass."""
+    """cos and sin, (N, 1, D/2) each: half of a head's pairs of channels turn with the row, half
+    with the column. Cheap enough to build anew in each forward pass."""
     freqs = base ** -torch.linspace(0, 1, D // 4 + 1, device=device)[:-1]       # (D/4)
     rows = torch.arange(H, device=device)[:, None, None] * freqs                # (H, 1, D/4)
     cols = torch.arange(W, device=device)[None, :, None] * freqs                # (1, W, D/4)
@@ -188,7 +186,7 @@ class TransformerBlock(nn.Module):
         if self.self_attn is not None:
             h = self.norm1(x)                                                   # (B, N, C)
             x = x + self.self_attn(h, *self.self_attn.keys_values(h), rope=rope)
-        given = isinstance(context, dict)       # by UNet.keys_values
+        given = isinstance(context, dict)                                       # UNet.keys_values
         k, v = context[self] if given else self.cross_attn.keys_values(context)
         x = x + self.cross_attn(self.norm2(x), k, v, mask=mask)
         return x + self.ff(self.norm3(x))
@@ -234,7 +232,6 @@ class UNet(nn.Module):
         self.grain, self.largest = 2 ** last, 0         # a side is a multiple of it; has no limit
         self.time = nn.Sequential(nn.Linear(cfg.time_freqs, T), nn.SiLU(), nn.Linear(T, T))
         self.conv_in = nn.Conv2d(cfg.in_channels, C[0], 3, padding=1)
-
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
         C_in, skips = C[0], []          # skips: the widths that forward() will push
         for i, depth in enumerate(cfg.depth_down):
@@ -246,10 +243,8 @@ class UNet(nn.Module):
             for _ in range(cfg.res_down):
                 self.down[i].append(Layer(cfg, C_in, C[i], depth, cfg.self_attn[i]))
                 C_in = C[i]
-
         mid = [Layer(cfg, C_in, C_in, depth, cfg.self_attn[last]) for depth in (cfg.depth_mid, 0)]
         self.mid = nn.ModuleList(mid)
-
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for i, depth in zip(range(last, -1, -1), cfg.depth_up, strict=True):
             stage = nn.ModuleList()
@@ -260,7 +255,6 @@ class UNet(nn.Module):
             self.up.append(stage)
             if i > 0:
                 self.upsample.append(conv3x3(cfg, C_in, C_in))
-
         self.norm_out = nn.GroupNorm(cfg.groups, C[0])
         self.conv_out = nn.Conv2d(C[0], cfg.in_channels, 3, padding=1)
         self.init_weights()
@@ -273,8 +267,8 @@ class UNet(nn.Module):
         | every convolution and linear   | normal, std   | keeps the variance                      |
         |                                | fan_in**-0.5  |                                         |
         | every bias                     | 0             |                                         |
-        | residual block's last conv,    | 0             | each branch starts as nothing, so depth |
-        |   attention's and FF's output  |               | costs no stability                      |
+        | last layer of a residual block,| 0             | each branch starts as nothing, so depth |
+        |   attention, feed-forward      |               | costs no stability                      |
         | a transformer's proj_out       | normal, not 0 | if 0 too, neither it nor the 0 outputs  |
         |                                |               | before it would ever get a gradient     |
         | final conv                     | 0             | v = 0, the mean: the best blind guess   |
@@ -302,21 +296,18 @@ class UNet(nn.Module):
         return self.time(sinusoids.to(self.conv_in.weight.dtype))
 
     def keys_values(self, context):
-        """{block: (k, v)} of text states: the same in all sampling steps, so forward() takes them
-        in the states' place."""
+        """{block: (k, v)} of text states, once for all sampling steps: forward() takes them too."""
         blocks = [m for m in self.modules() if isinstance(m, TransformerBlock)]
         return {block: block.cross_attn.keys_values(context) for block in blocks}
 
     def forward(self, x, t, context, mask=None, features=(), pooled=None):
         """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states context
-        (B, L, context_dim), or what keys_values() made of them, and their mask (B, L), True for a
-        real token (None: all are) -> velocity (B, C, H, W). With features, names out of down0 ..
-        mid up0 .., also these stages' outputs: (velocity, {name: (B, C, H, W)}). Only an MMDiT
-        reads `pooled`. ValueError where H or W is no multiple of `grain`."""
+        (B, L, context_dim) or their keys_values(), mask (B, L), True for a real token (None: all)
+        -> velocity (B, C, H, W); with features, names out of down0 .. mid up0 .., (velocity,
+        {name: (B, C, H, W)}). An MMDiT reads `pooled` too. ValueError: see `grain`."""
         cfg, last, (H, W) = self.cfg, len(self.down) - 1, x.shape[2:]
         if H % self.grain or W % self.grain:
-            raise ValueError(f"latent height and width must be multiples of {self.grain} "
-                             f"({8 * self.grain} pixels), got {H}x{W}")
+            raise ValueError(f"latent sides must be multiples of {self.grain}, got {H}x{W}")
         temb = self.embed_time(t)                                               # (B, time_dim)
         mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, L)
         ropes = [rope_table(H >> i, W >> i, cfg.head_dim, cfg.rope, x.device)
@@ -347,7 +338,6 @@ class UNet(nn.Module):
             taps[f"up{j}"] = x
             if j < last:
                 x = self.upsample[j](F.interpolate(x, scale_factor=2.0))        # (B, C, 2H, 2W)
-
         v = self.conv_out(getattr(F, cfg.act)(self.norm_out(x)))                # (B, C, H, W)
         return (v, {name: taps[name] for name in features}) if features else v
 
@@ -357,16 +347,16 @@ def make_network(cfg: UNetConfig | MMDiTConfig) -> UNet | MMDiT:
 
 def network_of(config: dict, where) -> UNetConfig | MMDiTConfig:
     """The network's config in a checkpoint's config.json; one without `arch` is a UNet's."""
-    mmdit = config.get("arch", "unet") == "mmdit"
+    mmdit = config.get("arch") == "mmdit"
     table = "mmdit" if mmdit else "model"
     if table not in config or "text" not in config:
         raise UserError(f"{where} is no text-to-picture model: config.json lacks {table} or text")
     return fill(MMDiTConfig() if mmdit else UNetConfig(), config[table], str(where))
 
 class TextToLatents(nn.Module):
-    """The denoiser and our text encoder; with another text.kind than "own" the denoiser alone, and
-    frozen encoders are loaded once they are needed. A text.vocabulary of 0 becomes the size of the
-    vocabulary, in `text_cfg` itself: a checkpoint says it. UserError where the parts do not fit."""
+    """The denoiser and our text encoder; with a text.kind that is not "own" frozen encoders, which
+    are loaded once they are needed. A text.vocabulary of 0 becomes the vocabulary's size, in
+    `text_cfg` itself. UserError where the parts do not fit."""
     def __init__(self, cfg: UNetConfig | MMDiTConfig, text_cfg: TextConfig, vocabulary=None):
         super().__init__()
         own, width = text_cfg.kind == "own", text_cfg.width
@@ -439,8 +429,7 @@ def count_macs(cfg, latent_size, tokens=77):
         UNet(cfg)(x, torch.empty(1), torch.empty(1, tokens, cfg.context_dim))
     return counter.get_total_flops() // 2
 
-# Reconstructed from the published differences (docs/PAPER.md, section 1):
-# M parameters, GMACs at 256 px, GMACs at 1024 px
+# docs/PAPER.md, section 1: M parameters, GMACs at 256 px and at 1024 px
 SHEET = {
     "a": (634.1, 69.4, 1266.8), "b": (623.6, None, 1052.1), "c1": (474.9, None, 652.2),
     "c2": (532.5, None, 760.6), "d": (466.8, None, 669.2), "e": (393.4, None, 629.7),

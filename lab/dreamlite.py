@@ -4,8 +4,7 @@
     load_dreamlite(DIR)             DIR holds `unet/config.json` and its safetensors, or is that
                                     folder; or a hub id
 
-It is of SnapGen's family: the same widths, heads, separable convolutions, one key/value head, q and
-k normed. What differs from the final SnapGen:
+It is of SnapGen's family. What differs from the final SnapGen:
 - depths 1, 2, 4 down and 4, 2, 0 up; encoder skips at the lowest stage too; no rotary embedding;
 - a residual block's hidden width is 2 C_out, not 2 max(C_in, C_out); its depthwise convolutions
   have no bias; the stages change size by plain 3x3 convolutions;
@@ -13,8 +12,7 @@ k normed. What differs from the final SnapGen:
   x = norm(x). A slip, kept because the weights were trained with it;
 - text states (Qwen3-VL's last, 2048 wide) pass a Linear and an RMSNorm first; the picture's size is
   embedded and added to the time;
-- latents of 4 channels (TAESDXL's); the right half of a picture twice as wide holds the picture to
-  be edited, zeros for text to image.
+- latents of 4 channels (TAESDXL's); of a picture twice as wide, the right half is edited.
 The code of diffusers is Apache-2.0, the published weights are CC BY-NC 4.0.
 
 B batch | C channels | L text tokens
@@ -40,16 +38,13 @@ class DreamLiteBlock(TransformerBlock):
             x = self.norm1(x)                                   # (B, N, C), without a residual
         return super().forward(x, context, mask, rope)
 
-
 def biasless_separable(C_in, C_out):
     depthwise = nn.Conv2d(C_in, C_in, 3, padding=1, groups=C_in, bias=False)
     return nn.Sequential(depthwise, nn.Conv2d(C_in, C_out, 1, bias=False))
 
-
 class DreamLite(UNet):
     """Our UNet with the parts replaced that differ; text_dim: width of a text state; size_freqs:
     sinusoids of a side."""
-
     def __init__(self, cfg: UNetConfig, text_dim: int, size_freqs: int):
         super().__init__(cfg)
         for m in list(self.modules()):
@@ -96,7 +91,6 @@ class DreamLite(UNet):
             context = self.project(context)
         return super().forward(x, t, context, mask, features)
 
-
 # ---------------------------------------------------------------------------- config and names
 DEFAULTS = dict(
     use_sep_conv=True, qk_norm="rms_norm", ff_mult=6, num_kv_heads=1, num_mid_layers=1,
@@ -107,7 +101,6 @@ WANTED = dict(
     use_sep_conv=True, num_mid_layers=1, norm_eps=1e-5, use_linear_projection=True,
     only_cross_attention=False, encoder_hid_dim_type="text_proj_rms", addition_embed_type="time",
     flip_sin_to_cos=True, freq_shift=0, downsample_padding=1)
-
 
 def dreamlite_config(raw: dict) -> tuple[UNetConfig, int, int]:
     """Their config.json -> (UNetConfig, text_dim, size_freqs). UserError names what differs from
@@ -144,7 +137,6 @@ def dreamlite_config(raw: dict) -> tuple[UNetConfig, int, int]:
         time_dim=4 * widths[0], act=r["act_fn"], groups=r["norm_num_groups"])
     return cfg, text_dim, size_freqs
 
-
 NAMES = [       # (pattern of diffusers, ours)
     (r"^time_embedding\.linear_1", "time.0"), (r"^time_embedding\.linear_2", "time.2"),
     (r"^add_embedding\.linear_1", "size.0"), (r"^add_embedding\.linear_2", "size.2"),
@@ -161,7 +153,6 @@ NAMES = [       # (pattern of diffusers, ours)
     (r"\.ff\.net\.2", ".ff.out"),
 ]
 
-
 def dreamlite_tensors(state: dict) -> dict:
     """Under our names; keys and values are one matrix here."""
     out = {}
@@ -173,7 +164,6 @@ def dreamlite_tensors(state: dict) -> dict:
         pair = out.pop(key), out.pop(key.replace(".to_k.", ".to_v."))
         out[key.replace(".to_k.", ".kv.")] = torch.cat(pair)
     return out
-
 
 def load_dreamlite(source, device="cpu") -> DreamLite:
     """UserError names what is missing, damaged, or not DreamLite's."""
@@ -193,7 +183,6 @@ def load_dreamlite(source, device="cpu") -> DreamLite:
         net = DreamLite(*dreamlite_config(raw))
     state = dreamlite_tensors(hub_tensors(folder))
     return load_into(net.to_empty(device=device), state, str(folder)).eval()
-
 
 if __name__ == "__main__":
     with friendly():

@@ -33,7 +33,6 @@ class PlanConfig:
     mfu: float = option(0.31, above=0, high=1)      # share of that peak; measured on a CPU alone
     tokens: int = option(0, low=0)                  # of a caption; 0: what text.kind gives
 
-
 @dataclass
 class NetPlan:
     """A network of the training, and the bytes that it takes on each GPU, by purpose."""
@@ -42,10 +41,8 @@ class NetPlan:
     params: int
     memory: dict
 
-
 class Planner:
-    """Makes the Parts of one training and counts its FLOPs."""
-
+    """Makes the NetPlans of one training and counts its FLOPs."""
     def __init__(self, cfg: TrainConfig, plan: PlanConfig):
         self.cfg = cfg
         self.size = cfg.data.size
@@ -90,13 +87,11 @@ class Planner:
                   "activations": self.kept(network)[0 if gradients else 1]}
         return NetPlan(name, type(net).__name__, params, memory)
 
-
 # ---------------------------------------------------------------------------- the stages
 def plan_train(p: Planner, cfg: TrainConfig) -> tuple[list[NetPlan], float]:
     """(parts, FLOPs a picture). A backward pass costs twice its forward pass."""
     parts = [p.student("network", cfg.network, cfg.text, cfg.muon_lr)]
     return parts, 3 * p.flops(cfg.network, cfg.text)
-
 
 def plan_distill(p: Planner, cfg: DistillConfig) -> tuple[list[NetPlan], float]:
     parts, flops = plan_train(p, cfg)
@@ -111,7 +106,6 @@ def plan_distill(p: Planner, cfg: DistillConfig) -> tuple[list[NetPlan], float]:
         with torch.device("meta"):
             parts.append(p.trained("projector", nn.Conv2d(C, D, 1), cfg.muon_lr))
     return parts, flops
-
 
 def plan_adversarial(p: Planner, cfg: AdvConfig) -> tuple[list[NetPlan], float]:
     """The student is that of `init`, or the config's own where that is not trained yet."""
@@ -149,9 +143,7 @@ def plan_adversarial(p: Planner, cfg: AdvConfig) -> tuple[list[NetPlan], float]:
         flops += 3 * S + turns * (T + S)        # its own step; for G both scores
     return parts, flops
 
-
 STAGES = {TrainConfig: plan_train, DistillConfig: plan_distill, AdvConfig: plan_adversarial}
-
 
 # ---------------------------------------------------------------------------- the report
 def report(cfg, p: Planner, plan: PlanConfig, parts: list[NetPlan], flops: float) -> dict:
@@ -180,7 +172,6 @@ def report(cfg, p: Planner, plan: PlanConfig, parts: list[NetPlan], flops: float
     return {"parts": {part.name: part for part in parts}, "total": total, "fits": fits,
             "flops": flops, "speed": speed, "days": days}
 
-
 def stage_of(argv: list[str]):
     """The config class of the first stage that knows all keys of a TOML and of the command line."""
     keys = {a.removeprefix("--").partition("=")[0].partition(".")[0] for a in argv if "=" in a}
@@ -191,7 +182,6 @@ def stage_of(argv: list[str]):
             return stage
     return AdvConfig                            # it knows the most: its error names the wrong key
 
-
 def make_plan(argv: list[str]) -> dict:
     own = {field.name for field in fields(PlanConfig)}
     plan = read_config(PlanConfig(), [a for a in argv if a.partition("=")[0] in own])
@@ -200,7 +190,6 @@ def make_plan(argv: list[str]) -> dict:
     cfg = read_config(stage(), rest, "configs/nano.toml")
     planner = Planner(cfg, plan)
     return report(cfg, planner, plan, *STAGES[stage](planner, cfg))
-
 
 if __name__ == "__main__":
     with friendly():
