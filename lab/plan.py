@@ -163,7 +163,7 @@ def report(cfg, p: Planner, plan: PlanConfig, parts: list[NetPlan], flops: float
     verdict = "fits" if fits else "does NOT fit: lower batch, or set model.checkpoint=true;"
     print(f"  in all {total:.1f}, with a tenth for fragments {1.1 * total:.1f}: {verdict} "
           f"{plan.gpu_gb:g}")
-    print(f"work: {flops / 1e12:.4g} TFLOPs a picture, {flops * pictures / 1e15:.4g} PFLOPs a step")
+    print(f"work: {flops / 1e12:.3g} TFLOPs a picture, {flops * pictures / 1e15:.3g} PFLOPs a step")
     if p.device.type == "cuda":
         print(f"speed: {speed:.0f} pictures/s at an MFU of {plan.mfu:g} (assumed, not measured) of "
               f"{plan.gpu_tflops:g} TFLOP/s a GPU\nin all: {cfg.steps} steps, "
