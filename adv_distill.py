@@ -369,7 +369,7 @@ def distil(cfg: AdvConfig):
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)
     if net.text is None:                    # the grids' text states come from the cache
-        net.frozen.append(held_out.encode)
+        net.frozen.append(held_out)
     few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
     run = Run(cfg, device, rank, world, {"few_steps": few}, net.files(), SHOWN, **game.parts())
     if rank == 0:

@@ -197,7 +197,7 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)
     if net.text is None:                    # the grids' text states come from the cache
-        net.frozen.append(held_out.encode)
+        net.frozen.append(held_out)
     beside = nn.ModuleDict({k: m for k, m in objective.named_children() if k != "net"})
     parts = {"model": net, "ema": ema, "optimizer": opt}
     if beside:                              # trained and checkpointed, not averaged, not exported
