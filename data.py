@@ -1,9 +1,7 @@
 """What training reads: latents of scenes and their captions on disk, and batches of them.
 
     python data.py --show out.png           a sheet of scenes with their captions
-    python data.py --speed                  renders/s on one core
-    python data.py --export DIR 200 [192]   a folder of pictures and captions, as if your own:
-                                            scenes of ragged sizes up to 192 px, ten of them spoilt
+    python data.py --export DIR 200 [192]   scenes as a folder of your own pictures, ten spoilt
     python data.py --build-atlas DIR        packs the sprites (once; DIR is an unpacked
                                             `npm pack @lobehub/fluent-emoji-3d@1.1.0`, MIT)
 
@@ -15,7 +13,6 @@ import hashlib
 import json
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -53,12 +50,10 @@ class DataConfig:
     shard: int = option(256, low=1)         # pictures in a file of the cache
 
     def check(self):
-        if self.size % 8:
-            raise UserError(f"data.size={self.size} must be a multiple of 8")
-        if self.folder and (self.size % self.bucket_step or self.bucket_step % 8):
-            raise UserError(f"data.size={self.size} must be a multiple of data.bucket_step="
-                            f"{self.bucket_step}, and that one of 8")
-
+        step = self.bucket_step if self.folder else 8
+        if self.size % step or step % 8:
+            raise UserError(f"data.size={self.size} must be a multiple of {step} pixels, and "
+                            "data.bucket_step one of 8")
 
 # ---------------------------------------------------------------------------- batches
 class Batch(NamedTuple):
@@ -70,21 +65,16 @@ class Batch(NamedTuple):
         theirs = self.teacher_text and on_device(self.teacher_text, device)
         return Batch(self.x0.to(device), on_device(self.text, device), theirs)
 
-
 class Batches:
     """Batch number k of the whole run, a function of the seed and k.
 
     Rank r of w takes k = (step * accumulate + micro) * w + r. Scenes come in a new order each
-    epoch, each in one of its wordings; of your own pictures all batches of a step have one size.
-    The share drop_caption has the empty caption.
-
-    cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures."""
+    epoch, each in one of its wordings, the share drop_caption with the empty caption.
+    cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches."""
 
     def __init__(self, cfg, latents, device, vocabulary: Vocabulary):
         if len(latents) < cfg.batch:
-            more = "add pictures" if cfg.data.folder else "raise data.pictures"
-            raise UserError(f"{len(latents)} pictures are less than one batch ({cfg.batch}): "
-                            f"lower batch, or {more}")
+            raise UserError(f"{len(latents)} pictures, less than one batch={cfg.batch}: lower it")
         self.cfg, self.latents, self.device = cfg, latents, device
         self.vocabulary = vocabulary
         if not cfg.data.folder:
@@ -92,13 +82,14 @@ class Batches:
             words = wordings(cfg, len(latents), vocabulary)
             self.ids, self.lengths = words["ids"].to(device), words["lengths"].to(device)
             self.latents = latents.to(device)
-            self.epoch, self.order = -1, None
 
     def __call__(self, k: int) -> Batch:
         if self.cfg.data.folder:
             return self.latents.batch(k).to(self.device)
         cfg, device = self.cfg, self.device
-        index = self.rows(k)                                                # (B,)
+        epoch, turn = divmod(k, len(self.latents) // cfg.batch)
+        order = epoch_order(len(self.latents), cfg.seed, epoch)
+        index = order[turn * cfg.batch:(turn + 1) * cfg.batch].to(device)   # (B,)
         g = seeded(2**40 + cfg.seed * 1000003 + k)                          # not the noise's
         which = torch.randint(WORDINGS, (cfg.batch,), generator=g).to(device)
         drop = (torch.rand(cfg.batch, generator=g) < cfg.drop_caption).to(device)
@@ -111,58 +102,45 @@ class Batches:
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         return Batch(self.latents[index].float(), Tokens(ids, mask))
 
-    def rows(self, k: int):
-        """Which latents batch k has, (B,)."""
-        batch, per_epoch = self.cfg.batch, len(self.latents) // self.cfg.batch
-        if k // per_epoch != self.epoch:
-            self.epoch = k // per_epoch
-            g = seeded(self.cfg.seed * 100003 + self.epoch)
-            self.order = torch.randperm(len(self.latents), generator=g).to(self.device)
-        first = k % per_epoch * batch
-        return self.order[first:first + batch]
-
-
 def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed % 2**63)      # PyTorch takes no larger ones
 
+@functools.lru_cache(2)
+def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:
+    return torch.randperm(n, generator=seeded(seed * 100003 + epoch))
 
 @functools.lru_cache(256)
 def shuffled(n: int, *seed) -> np.ndarray:
     digest = hashlib.sha256(repr(seed).encode()).hexdigest()
     return torch.randperm(n, generator=seeded(int(digest[:15], 16))).numpy()
 
-
 def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[int]]:
     """Global batch k -> its bucket, and places in that bucket. sizes: ((bucket, pictures), ..).
 
-    Each bucket is an endless row of epochs, each in an order of its own, cut into whole batches.
-    Nothing is dropped or repeated at an epoch's end, even in a bucket smaller than a batch, whose
-    turn then comes every few epochs. Before epoch e bucket b had floor(e n_b / batch) turns; those
-    of an epoch come in an order drawn from (seed, epoch)."""
+    Each bucket is an endless row of epochs, each in its own order, cut into whole batches: nothing
+    is dropped or repeated. Before epoch e bucket b had floor(e n_b / batch) turns; those of an
+    epoch come in an order drawn from (seed, epoch)."""
     def before(epoch):
         return [epoch * n // batch for _, n in sizes]
 
     epoch = k * batch // sum(n for _, n in sizes)       # or later: the floors delay
     while sum(before(epoch + 1)) <= k:
         epoch += 1
-    had, then = before(epoch), before(epoch + 1)
-    turns = np.repeat(np.arange(len(sizes)), [b - a for a, b in zip(had, then, strict=True)])
+    had = np.array(before(epoch))
+    turns = np.repeat(np.arange(len(sizes)), before(epoch + 1) - had)
     turns = turns[shuffled(len(turns), seed, epoch)]
-    turn = k - sum(had)
+    turn = k - had.sum()
     b = turns[turn]
     bucket, n = sizes[b]
-    first = (had[b] + int((turns[:turn] == b).sum())) * batch
-    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in
-                    range(first, first + batch)]
-
+    first = int(had[b] + (turns[:turn] == b).sum()) * batch
+    places = range(first, first + batch)
+    return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in places]
 
 # ---------------------------------------------------------------------------- scenes on disk
 WORDINGS = 8                    # of each scene's caption
 
-
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
     return Scenes(cfg.size, split, cfg.seed, cfg.nouns, cfg.layout, atlas=cfg.atlas)
-
 
 def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 0) -> torch.Tensor:
     """Latents of the first n scenes, fp16 (n, C, size/8, size/8): read, or made and kept.
@@ -171,20 +149,18 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
 
     def make():
         device = next(ae.parameters()).device
-        pictures = RenderedScenes(scenes_of(cfg, split), n)
-        loader = torch.utils.data.DataLoader(pictures, 64, num_workers=cfg.workers)
+        scenes = torch.utils.data.Subset(scenes_of(cfg, split), range(n))
+        loader = torch.utils.data.DataLoader(scenes, 64, num_workers=cfg.workers)
         bar = tqdm(loader, f"render and encode {n} {split} scenes", unit="batch")
-        return {"latents": torch.cat([encode_pictures(ae, x, device) for x in bar])}
+        return {"latents": torch.cat([encode_pictures(ae, x, device) for x, _ in bar])}
 
     key = content_key(cfg, cfg.size, ae_key, split, n)
     path = Path(cfg.cache) / f"scenes-{cfg.size}px-{split}-{n}-{key}.safetensors"
     return kept_tensors(path, make)["latents"]
 
-
 def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
-    """Tokens of WORDINGS captions of each of n training scenes: ids (n, WORDINGS, L) and lengths
-    (n, WORDINGS), int16; read, or made and kept. To word and tokenise each batch anew would hold
-    up a GPU. cfg: a TrainConfig."""
+    """Tokens of WORDINGS captions of each of n training scenes, since wording each batch anew would
+    hold up a GPU: ids (n, WORDINGS, L), lengths (n, WORDINGS), int16. cfg: a TrainConfig."""
     def make():
         scenes, captions = scenes_of(cfg.data), []
         for i in tqdm(range(n), f"word {n} train scenes", unit="scene", disable=n < 5000):
@@ -197,20 +173,6 @@ def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     words = hashlib.sha256(vocabulary.data).hexdigest(), vocabulary.pattern
     key = content_key(cfg.data, *words, cfg.text.max_tokens, cfg.seed, n)
     return kept_tensors(Path(cfg.data.cache) / f"words-{n}-{key}.safetensors", make)
-
-
-class RenderedScenes(torch.utils.data.Dataset):
-    """The first n scenes' pictures, uint8 (size, size, 3)."""
-
-    def __init__(self, scenes: Scenes, n: int):
-        self.scenes, self.n = scenes, n
-
-    def __len__(self):
-        return self.n
-
-    def __getitem__(self, i):
-        return self.scenes.render(self.scenes.scene(i)).copy()
-
 
 def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; what make() gives where it is missing or damaged."""
@@ -225,16 +187,13 @@ def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
     write_whole(path, lambda p: save_file(tensors, p))
     return load_file(path)
 
-
 def content_key(cfg: DataConfig, *more) -> str:
-    """A name for all that scenes depend on: how they are composed and drawn, the sprites, the
-    settings, and `more`."""
+    """A name for all that scenes depend on: their code, the sprites, the settings, and `more`."""
     code = (ROOT / "scenes.py").read_text(encoding="utf-8")
-    sprites = sorted(p for p in Path(cfg.atlas).glob("*") if p.is_file()) if cfg.atlas else [ATLAS]
-    files = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sprites if p.exists()]
+    sprites = sorted(Path(cfg.atlas).glob("*")) if cfg.atlas else [ATLAS]
+    files = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sprites if p.is_file()]
     what = [code, files, cfg.nouns, cfg.layout, cfg.seed, *more]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-
 
 def autoencoder_fingerprint(ae) -> str:
     """A name for an autoencoder's latents: a hash of its encoder's weights, its scale and shift."""
@@ -244,27 +203,20 @@ def autoencoder_fingerprint(ae) -> str:
         sha.update(x.float().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
-
 # ---------------------------------------------------------------------------- command line
 def build_atlas(folder):
-    rows = -(-len(NOUNS) // ATLAS_COLUMNS)
-    sheet = Image.new("RGBA", (ATLAS_COLUMNS * ATLAS_CELL, rows * ATLAS_CELL))
+    sheet = Image.new("RGBA", (ATLAS_COLUMNS * ATLAS_CELL, atlas_cell(len(NOUNS) - 1)[3]))
     for k, code in enumerate(NOUNS.values()):
-        path = Path(folder) / "assets" / f"{code}.webp"
-        if not path.exists():
-            raise UserError(f"{path} is missing: unpack the tarball of `npm pack "
-                            "@lobehub/fluent-emoji-3d@1.1.0` and give its folder `package`")
-        sheet.paste(square(Image.open(path)), atlas_cell(k)[:2])
+        sprite = Image.open(Path(folder) / "assets" / f"{code}.webp")
+        sheet.paste(square(sprite), atlas_cell(k)[:2])
     sheet.save(ATLAS, quality=80, method=6)
     print(f"{ATLAS}: {len(NOUNS)} sprites, {ATLAS.stat().st_size / 1e3:.0f} kB")
-
 
 def export_pictures(folder, n: int, size: int = 192):
     """n scenes as JPEG + txt of ragged sizes, the longest side `size`, ten of them spoilt."""
     folder, scenes = Path(folder), Scenes(size, "train", layout="free")
     if n < 20 or (folder.exists() and any(folder.iterdir())):
-        raise UserError("--export wants an empty or new folder and 20 pictures or more, got "
-                        f"{folder} and {n}")
+        raise UserError(f"--export wants an empty folder and 20 pictures or more: {folder}, {n}")
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         picture, caption = scenes[i]
@@ -273,65 +225,40 @@ def export_pictures(folder, n: int, size: int = 192):
             w, h = rng.choice(((192, 192), (192, 128), (128, 192)))
         else:
             w, h = rng.randint(100, 192), rng.randint(100, 192)
-        image = Image.fromarray(picture)
-        image = image.resize((w * size // 192, h * size // 192), Image.Resampling.LANCZOS)
+        image = Image.fromarray(picture).resize((w * size // 192, h * size // 192))
         image.save(folder / f"{i:05d}.jpg", quality=92)
         (folder / f"{i:05d}.txt").write_text(caption + "\n")
-    files = [folder / f"{i:05d}.jpg" for i in random.Random(0).sample(range(n), 10)]
-    for k, file in enumerate(files):
-        spoil(file, k)
-    names = ", ".join(sorted(f.name for f in files))
-    print(f"{folder}: {n} pictures, {len(files)} of them spoilt: {names}")
+    spoilt = random.Random(0).sample(range(n), 10)
+    for way, i in enumerate(spoilt):
+        spoil(folder / f"{i:05d}.jpg", way)
+    print(f"{folder}: {n} pictures, {len(spoilt)} of them spoilt: {sorted(spoilt)}")
 
-
-def spoil(file: Path, k: int):
-    """Damages a picture or its caption, as happens in real folders; ten ways."""
-    data, text = file.read_bytes(), file.with_suffix(".txt")
-    if k < 3:
-        file.write_bytes(data[:len(data) // (k + 2)])       # a download that broke off
-    elif k == 3:
-        file.write_bytes(b"")
-    elif k == 4:
-        file.write_bytes(b"<html>404 Not Found</html>\n")
-    elif k == 5:
-        text.unlink()
-    elif k == 6:
-        text.write_text("\n")
-    elif k == 7:
-        text.write_bytes("ein Käfer".encode("latin-1"))
+def spoil(picture: Path, way: int):
+    """Damages a picture or its caption in one of ten ways, as happens in real folders."""
+    whole = picture.read_bytes()
+    pictures = [whole[:len(whole) // n] for n in (2, 3, 4)] + [b"", b"<html>404</html>"]
+    captions = [b"", b"\n", "ein Käfer".encode("latin-1")]
+    if way < 5:
+        picture.write_bytes(pictures[way])
+    elif way < 8:
+        picture.with_suffix(".txt").write_bytes(captions[way - 5])
     else:
-        Image.open(file).resize((40, 30)).save(file)
-
-
-def show_scenes(path):
-    scenes = [Scenes(128, split) for split in ("train", "test")]
-    pairs = [scenes[k % 2][k] for k in range(48)]
-    grid([p for p, _ in pairs], [c for _, c in pairs], 8).save(path)
-
-
-def print_speed(n: int = 2000):
-    for size in (64, 128, 256):
-        scenes, begin = Scenes(size), time.time()
-        for i in range(n):
-            scenes[i]
-        print(f"{size} px: {n / (time.time() - begin):.0f} scenes/s on one core")
-
+        Image.open(picture).resize((40, 30)).save(picture)
 
 def main(argv):
     match argv:
         case ["--build-atlas", folder]:
             build_atlas(folder)
         case ["--show", path]:
-            show_scenes(path)
-        case ["--speed"]:
-            print_speed()
+            scenes = Scenes(128, "train"), Scenes(128, "test")
+            pictures, captions = zip(*(scenes[k % 2][k] for k in range(48)))
+            grid(pictures, captions, 8).save(path)
         case ["--export", folder, n] if n.isdigit():
             export_pictures(folder, int(n))
         case ["--export", folder, n, size] if n.isdigit() and size.isdigit():
             export_pictures(folder, int(n), int(size))
         case _:
             print(__doc__)
-
 
 if __name__ == "__main__":
     with friendly():

@@ -24,8 +24,7 @@ from common import UserError
 from data import DataConfig
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl")
-
+OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".gz", ".tgz")
 
 class Place(NamedTuple):
     """Bytes of a file, or of a part of it."""
@@ -34,15 +33,12 @@ class Place(NamedTuple):
     size: int
     suffix: str
 
-    def read(self) -> bytes:
+    def read(self, most: int = 2**62) -> bytes:
+        """All bytes, or the last so many."""
+        n = min(self.size, most)
         with open(self.file, "rb") as f:
-            f.seek(self.offset)
-            return f.read(self.size)
-
-    def tail(self, n: int = 4096) -> bytes:
-        n = min(n, self.size)
-        return self._replace(offset=self.offset + self.size - n, size=n).read()
-
+            f.seek(self.offset + self.size - n)
+            return f.read(n)
 
 class Item(NamedTuple):
     name: str
@@ -50,10 +46,8 @@ class Item(NamedTuple):
     caption: str | Place = ""   # itself, or where it is
     reason: str = ""            # why it cannot be used, where the listing knows
 
-
 class Unusable(Exception):
     """A picture that is skipped; the message says why."""
-
 
 # ---------------------------------------------------------------------------- listing
 def find_pictures(folder: str) -> list[Item]:
@@ -62,103 +56,72 @@ def find_pictures(folder: str) -> list[Item]:
     if not root.exists():
         raise UserError(f"no folder of pictures at '{folder}': set data.folder to a directory of "
                         "x.jpg + x.txt, or to a tar")
-    items = list_tar(root, root.name) if root.is_file() else list_folder(root)
+    places, items = list_files(root)
+    captions = read_jsonl(places, items)
+    for name in captions.keys() - places.keys():
+        items.append(Item(name, reason="no picture: a jsonl names it, but there is no such file"))
+    items.sort()
+
+    by_suffix = {split_name(name): place for name, place in places.items()}
+    for name, place in places.items():
+        stem, suffix = split_name(name)
+        if suffix in SUFFIXES:
+            text, row = by_suffix.get((stem, ".txt")), by_suffix.get((stem, ".json"))
+            items.append(Item(name, place, text or captions.get(name) or row or ""))
+        elif suffix in OTHERS:
+            items.append(Item(name, reason=f"another format: {suffix} is not read; jpg, png, webp "
+                                           "and plain tars are"))
     if not items:
         raise UserError(f"no pictures in '{folder}': it wants x.jpg, .jpeg, .png or .webp with "
                         "captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
     return items
 
+def list_files(root: Path) -> tuple[dict[str, Place], list[Item]]:
+    """({name: where it is}, tars that break off), without .git, a Mac's ._x.jpg and the like.
 
-def list_folder(root: Path) -> list[Item]:
-    files = visible_files(root)
-    captions, items = read_jsonl(files)
-    items += [Item(name, reason="no picture: a jsonl names it, but there is no such file")
-              for name in captions if name not in files]
-    by_suffix = {split_name(name): name for name in files}      # x.TXT is found as x.txt
-
-    for name in sorted(files):
-        stem, suffix = split_name(name)
-        if suffix in SUFFIXES:
-            text, js = by_suffix.get((stem, ".txt")), by_suffix.get((stem, ".json"))
-            caption = captions.get(name) or (place_of(files[js]) if js else "")
-            if text:
-                caption = place_of(files[text])
-            items.append(Item(name, place_of(files[name]), caption))
-        elif suffix == ".tar":
-            items += list_tar(files[name], name)
-        elif name.endswith((".tar.gz", ".tgz")):
-            items.append(Item(name, reason="another format: a compressed tar; unpack it"))
-        elif suffix in OTHERS:
-            items.append(other_format(name, suffix))
-    return items
-
-
-def visible_files(root: Path) -> dict[str, Path]:
-    """{name relative to root: path}, without .git, .ipynb_checkpoints, a Mac's ._x.jpg."""
-    files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
-    return {name: path for name, path in files.items() if not hidden(name)}
-
-
-def hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
-
+    Tars are not unpacked: their members are places in them."""
+    files = {root.name: root}
+    if root.is_dir():
+        files = {p.relative_to(root).as_posix(): p for p in root.rglob("*") if p.is_file()}
+    places, broken = {}, []
+    for name, path in sorted(files.items()):
+        suffix = path.suffix.lower()
+        if suffix != ".tar" and path != root:
+            places[name] = Place(str(path), 0, path.stat().st_size, suffix)
+            continue
+        try:
+            with tarfile.open(path, "r:") as tar:
+                for m in filter(tarfile.TarInfo.isfile, tar):
+                    member, suffix = posixpath.normpath(m.name), split_name(m.name)[1]
+                    places[f"{name}/{member}"] = Place(str(path), m.offset_data, m.size, suffix)
+        except (tarfile.TarError, OSError) as e:
+            broken.append(Item(name, reason=f"broken: the tar ends or breaks off here ({e})"))
+    return {name: p for name, p in places.items() if "/." not in f"/{name}"}, broken
 
 def split_name(name: str) -> tuple[str, str]:
+    """Without and with the suffix in lower case: x.TXT is found as x.txt."""
     stem, suffix = posixpath.splitext(name)
     return stem, suffix.lower()
 
-
-def place_of(path: Path) -> Place:
-    return Place(str(path), 0, path.stat().st_size, path.suffix.lower())
-
-
-def other_format(name: str, suffix: str) -> Item:
-    return Item(name, reason=f"another format: save {suffix} as jpg, png or webp")
-
-
-def read_jsonl(files: dict[str, Path]) -> tuple[dict[str, str], list[Item]]:
-    """{picture: caption} of all captions.jsonl and metadata.jsonl, and the lines of no use."""
-    captions, items = {}, []
-    for name in sorted(files):
+def read_jsonl(places: dict[str, Place], items: list[Item]) -> dict[str, str]:
+    """{picture: caption} of all captions.jsonl and metadata.jsonl; lines of no use go to items."""
+    captions = {}
+    for name, place in places.items():
         folder, file = posixpath.split(name)
         if file not in ("captions.jsonl", "metadata.jsonl"):
             continue
-        text = files[name].read_text(encoding="utf-8-sig", errors="replace")
-        for k, line in enumerate(text.split("\n"), 1):      # splitlines() cuts at U+2028 too
+        lines = place.read().decode("utf-8-sig", "replace").split("\n")  # not splitlines(): U+2028
+        for k, line in enumerate(lines, 1):
             try:
-                row = json.loads(line) if line.strip() else None
+                row = json.loads(line.strip() or "{}")
                 if row:
                     picture = row.get("file_name", row.get("file"))
-                    caption = row.get("text", row.get("caption"))
-                    # a TypeError unless both are strings
-                    captions[posixpath.normpath(posixpath.join(folder, picture))] = caption + ""
+                    caption = row.get("text", row.get("caption")) + ""      # TypeError: no string
+                    captions[posixpath.normpath(posixpath.join(folder, picture))] = caption
             except (ValueError, TypeError, AttributeError):
                 items.append(Item(f"{name}:{k}", reason="no caption: the line is no "
                                   '{"file": "x.jpg", "caption": "..."}'))
-    return captions, items
-
-
-def list_tar(path: Path, name: str) -> list[Item]:
-    """Pairs of one stem in a tar. It notes where their bytes are; nothing is unpacked."""
-    members, broken = {}, []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for m in tar:
-                stem, suffix = split_name(m.name)
-                if m.isfile() and not hidden(posixpath.normpath(m.name)):
-                    members[stem, suffix, m.name] = Place(str(path), m.offset_data, m.size, suffix)
-    except (tarfile.TarError, OSError) as e:
-        broken = [Item(name, reason=f"broken: the tar ends or breaks off here ({e})")]
-    by_suffix = {(stem, suffix): place for (stem, suffix, _), place in members.items()}
-    items = []
-    for (stem, suffix, member), place in members.items():
-        if suffix in SUFFIXES:
-            caption = by_suffix.get((stem, ".txt")) or by_suffix.get((stem, ".json")) or ""
-            items.append(Item(f"{name}/{member}", place, caption))
-        elif suffix in OTHERS:
-            items.append(other_format(f"{name}/{member}", suffix))
-    return items + broken
-
+    return captions
 
 def listing_key(items: list[Item]) -> str:
     """A hash of what is in a folder: names, sizes and ends of pictures, captions as they are."""
@@ -168,10 +131,9 @@ def listing_key(items: list[Item]) -> str:
         with contextlib.suppress(OSError):      # a file that cannot be read is skipped later
             if isinstance(caption, Place):
                 caption = caption.read()
-            end = picture.tail() if picture else b""
+            end = picture.read(4096) if picture else b""
         sha.update(repr((item.name, picture and picture.size, end, caption)).encode())
     return sha.hexdigest()[:16]
-
 
 def caption_of(item: Item) -> str:
     """The caption on one line. Unusable where there is none."""
@@ -190,7 +152,6 @@ def caption_of(item: Item) -> str:
         raise Unusable("no caption")
     return caption
 
-
 # ---------------------------------------------------------------------------- buckets
 @functools.lru_cache
 def buckets(size: int, step: int, ratio: float) -> list[tuple[int, int]]:
@@ -203,13 +164,11 @@ def buckets(size: int, step: int, ratio: float) -> list[tuple[int, int]]:
             found |= {(short, long), (long, short)}
     return sorted(found)
 
-
 def bucket_of(height: int, width: int, cfg: DataConfig) -> tuple[int, int]:
     """The bucket nearest in aspect ratio: a function of the picture's size and the config alone."""
     def distance(b):
         return abs(np.log(b[0] * width / (b[1] * height)))
     return min(buckets(cfg.size, cfg.bucket_step, cfg.max_ratio), key=distance)
-
 
 def to_bucket(data: bytes, cfg: DataConfig) -> np.ndarray:
     """An encoded picture -> uint8 (H, W, 3), H and W those of its bucket: upright, on white, RGB,
@@ -217,13 +176,17 @@ def to_bucket(data: bytes, cfg: DataConfig) -> np.ndarray:
     if not data:
         raise Unusable("broken: an empty file")
     try:
-        image, H, W = open_picture(data, cfg)
-        image = to_rgb(image)
-        scale = min(image.width / W, image.height / H)
-        w, h = min(image.width, W * scale), min(image.height, H * scale)
-        x, y = (image.width - w) / 2, (image.height - h) / 2
-        box = (x, y, min(image.width, x + w), min(image.height, y + h))
-        image = image.resize((W, H), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0)
+        with Image.open(io.BytesIO(data)) as image:
+            w, h = image.size
+            if image.getexif().get(0x0112, 1) >= 5:     # EXIF orientations 5 to 8 are on their side
+                w, h = h, w
+            H, W = bucket_of(h, w, cfg)
+            if max(H / h, W / w) > cfg.max_upscale:
+                raise Unusable(f"too small: {w}x{h} for {W}x{H}")
+            # a JPEG that is much too large is decoded at a half, a quarter or an eighth: faster
+            image.draft(None, (2 * max(H, W), 2 * max(H, W)))
+            upright = to_rgb(ImageOps.exif_transpose(image))
+        return np.array(ImageOps.fit(upright, (W, H), Image.Resampling.LANCZOS))
     except Unusable:
         raise
     except UnidentifiedImageError:
@@ -232,23 +195,6 @@ def to_bucket(data: bytes, cfg: DataConfig) -> np.ndarray:
         # without addresses of objects, so that the cache is the same each time
         why = re.sub(r"<.*?>", "", str(e)) or type(e).__name__
         raise Unusable(f"broken: {why}") from None
-    return np.array(image)
-
-
-def open_picture(data: bytes, cfg: DataConfig):
-    """(image, upright; height and width of its bucket). Unusable where it is too small."""
-    with Image.open(io.BytesIO(data)) as image:
-        w, h = image.size
-        if image.getexif().get(0x0112, 1) >= 5:     # EXIF orientations 5 to 8 are on their side
-            w, h = h, w
-        H, W = bucket_of(h, w, cfg)
-        if max(H / h, W / w) > cfg.max_upscale:
-            raise Unusable(f"too small: {w}x{h} for {W}x{H}")
-        # a JPEG that is much too large is decoded at a half, a quarter or an eighth: faster
-        image.draft(None, (2 * max(H, W),) * 2)
-        image.load()
-    return ImageOps.exif_transpose(image), H, W
-
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """8 bits, RGB, transparent parts on white."""
@@ -261,7 +207,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB")
-
 
 class Prepared(torch.utils.data.Dataset):
     """Item -> (picture uint8 (H, W, 3), caption, bytes read), or (None, why not, bytes read)."""

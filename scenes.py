@@ -296,7 +296,7 @@ class Scenes:
             under.paste(picture.crop((left, top, left + px, top + px)), mask=clear)
             rgb = Image.merge("RGB", sprite.split()[:3])
             picture.paste(ImageChops.add(rgb, under), (left, top))
-        return np.asarray(picture)
+        return np.array(picture)
 
 def word_group(g: Group, rng: random.Random) -> str:
     """"a red car", "one red car", "3 puppies"."""
