@@ -209,7 +209,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 class Prepared(torch.utils.data.Dataset):
-    """Item -> (picture uint8 (H, W, 3), caption, bytes read), or (None, why not, bytes read)."""
+    """Item -> (picture uint8 (H, W, 3), caption), or (None, why it cannot be used)."""
 
     def __init__(self, items: list[Item], cfg: DataConfig):
         self.items, self.cfg = items, cfg
@@ -218,14 +218,13 @@ class Prepared(torch.utils.data.Dataset):
         return len(self.items)
 
     def __getitem__(self, i):
-        item, size = self.items[i], 0
+        item = self.items[i]
         try:
             if item.reason:
                 raise Unusable(item.reason)
-            caption, data = caption_of(item), item.picture.read()
-            size = len(data)
-            return to_bucket(data, self.cfg), caption, size
+            caption = caption_of(item)
+            return to_bucket(item.picture.read(), self.cfg), caption
         except Unusable as e:
-            return None, str(e), size
+            return None, str(e)
         except OSError as e:
-            return None, f"broken: {e.strerror or e}", size
+            return None, f"broken: {e.strerror or e}"

@@ -4,13 +4,11 @@
     python text.py --sizes              what the published encoders weigh
     python text.py --train-bpe          learns assets/captions.tiktoken from scenes (once)
 
-B batch | L tokens | D width | P pooled width. A denoiser reads a `Text`: any encoder that returns
-one will do. `load_encoders` gives the published ones, frozen: CLIP-L + CLIP-bigG + Gemma-2-2B as
-in SnapGen (docs/PAPER.md, section 3), CLIP-L + CLIP-bigG + T5-XXL as in SD3, and CLIP-L alone for
-class names.
+B batch | L tokens | D width | P pooled width. A denoiser reads the `Text` of any encoder.
+`load_encoders` gives published ones, frozen: CLIP-L + CLIP-bigG + Gemma-2-2B as in SnapGen
+(docs/PAPER.md, section 3), CLIP-L + CLIP-bigG + T5-XXL as in SD3, CLIP-L alone for class names.
 """
 import base64
-import bisect
 import functools
 import gc
 import random
@@ -26,17 +24,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from common import ASSETS, UserError, attention, friendly, option, pick_device
+from common import ASSETS, UserError, attention, friendly, option
 
 VOCABULARY = ASSETS / "captions.tiktoken"
 PATTERN = r" ?[^\s\d]+| ?\d|\s+"            # a word or a digit, with the blank before it
-
 
 class Tokens(NamedTuple):
     """Captions as the small encoder reads them."""
     ids: torch.Tensor                       # (B, L)
     mask: torch.Tensor                      # (B, L) bool, True for a real token
-
 
 class Text(NamedTuple):
     """Captions as a denoiser reads them."""
@@ -44,10 +40,8 @@ class Text(NamedTuple):
     mask: torch.Tensor                      # (B, L) bool, True for a real token
     pooled: torch.Tensor | None = None      # (B, P), for an MMDiT
 
-
 def on_device(text: Tokens | Text, device) -> Tokens | Text:
     return type(text)(*(None if x is None else x.to(device) for x in text))
-
 
 def join_texts(texts: list[Text]) -> Text:
     """Concatenates along the batch, padded to the longest."""
@@ -58,13 +52,12 @@ def join_texts(texts: list[Text]) -> Text:
         return Text(emb, mask)
     return Text(emb, mask, torch.cat([t.pooled for t in texts]))
 
-
 # ---------------------------------------------------------------------------- tokens
 class Vocabulary:
     """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
 
-    data: the bytes of a file in tiktoken's text format; pattern: cuts a caption into words.
-    UserError where the data is damaged, `source` says whose it is."""
+    data: the bytes of the file `source` in tiktoken's text format; pattern: cuts a caption into
+    words."""
 
     def __init__(self, data: bytes, pattern: str = PATTERN, source="the vocabulary"):
         try:
@@ -96,26 +89,21 @@ class Vocabulary:
             rows = [r if len(r) <= max_tokens else [*r[:max_tokens - 1], self.end] for r in rows]
         L = max(map(len, rows))
         if L > max_tokens:
-            raise UserError(f"a prompt of {L} tokens: the text encoder reads {max_tokens}; "
-                            "shorten it")
+            raise UserError(f"a prompt of {L} tokens: the encoder reads {max_tokens}; shorten it")
         ids = torch.tensor([r + [self.pad] * (L - len(r)) for r in rows])       # (B, L)
         lengths = torch.tensor([len(r) for r in rows])                          # (B,)
         return Tokens(ids, torch.arange(L) < lengths[:, None])
 
     def shorten(self, caption: str, max_tokens: int) -> str:
         """The longest beginning of the caption, in whole words, that fits in max_tokens."""
-        words = caption.split()
-
-        def length(n):
-            return len(self.ids_of(" ".join(words[:n])))
-        if length(len(words)) <= max_tokens:
-            return caption
-        return " ".join(words[:bisect.bisect(range(len(words)), max_tokens, key=length) - 1])
+        words = caption.split()[:max_tokens]
+        while len(self.ids_of(" ".join(words))) > max_tokens:
+            words.pop()
+        return " ".join(words)
 
     def spell(self, ids) -> str:
         """The caption that these ids spell, without <end> and <pad>."""
         return self.encoding.decode([i for i in map(int, ids) if i < self.end]).strip()
-
 
 @functools.lru_cache
 def load_vocabulary(path: Path = VOCABULARY, pattern: str = PATTERN) -> Vocabulary:
@@ -123,9 +111,7 @@ def load_vocabulary(path: Path = VOCABULARY, pattern: str = PATTERN) -> Vocabula
     try:
         return Vocabulary(Path(path).read_bytes(), pattern, path)
     except FileNotFoundError:
-        raise UserError(f"{path} is missing: restore it with git, or make it with "
-                        "`python text.py --train-bpe`") from None
-
+        raise UserError(f"{path} is missing: restore it with git") from None
 
 def train_bpe(captions: list[str], size: int) -> bytes:
     """Byte-pair encoding (Sennrich et al. 2016): merges the most frequent pair of tokens, until
@@ -143,20 +129,13 @@ def train_bpe(captions: list[str], size: int) -> bytes:
         # ties are broken by the bytes, so that the file is the same everywhere
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(a + b)
-        for word, parts in split.items():
-            split[word] = merge_pair(parts, a, b)
+        for parts in split.values():
+            i = 0
+            while i < len(parts) - 1:
+                if parts[i:i + 2] == [a, b]:
+                    parts[i:i + 2] = [a + b]
+                i += 1
     return b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
-
-
-def merge_pair(parts: list[bytes], a: bytes, b: bytes) -> list[bytes]:
-    out = []
-    for part in parts:
-        if out and out[-1] == a and part == b:
-            out[-1] = a + b
-        else:
-            out.append(part)
-    return out
-
 
 # ---------------------------------------------------------------------------- the small encoder
 @dataclass
@@ -178,9 +157,9 @@ class TextConfig:
 
     def check(self):
         if self.kind == "own" and self.width % self.heads:
-            raise UserError(f"text.width={self.width} must be a multiple of "
-                            f"text.heads={self.heads}")
-
+            raise UserError(f"text.width={self.width} is no multiple of text.heads={self.heads}")
+        if set(self.leave_out) - set(SETS.get(self.kind, ())):
+            raise UserError(f"text.leave_out={self.leave_out}: {self.kind} has not all of them")
 
 class TextBlock(nn.Module):
     def __init__(self, D, heads):
@@ -196,7 +175,6 @@ class TextBlock(nn.Module):
         heads = attention(q, k, v, mask)                    # (B, heads, L, D/heads)
         x = x + self.out(heads.transpose(1, 2).flatten(2))  # (B, L, D)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
-
 
 class TextEncoder(nn.Module):
     """Tokens -> Text with emb (B, L, width). Bidirectional, pre-norm, learned positions."""
@@ -221,7 +199,6 @@ class TextEncoder(nn.Module):
             x = block(x, tokens.mask[:, None, None, :])
         return Text(self.norm(x), tokens.mask)
 
-
 # ---------------------------------------------------------------------------- published encoders
 class HubSource(NamedTuple):
     """Where an encoder is published, and how large it is."""
@@ -234,112 +211,91 @@ class HubSource(NamedTuple):
     width: int
     projection: int = 0     # width of the pooled state
 
-
 CLIP, SDXL = "CLIPTextModelWithProjection", "stabilityai/stable-diffusion-xl-base-1.0"
 SD35 = "stabilityai/stable-diffusion-3.5-large"
+GATED = "gated: accept it there, then `hf auth login`"
 SOURCES = {
     "clip_l": HubSource(SDXL, "text_encoder", "", "open", CLIP, 123_650_304, 768, 768),
     "clip_g": HubSource(SDXL, "text_encoder_2", "_2", "open", CLIP, 694_659_840, 1280, 1280),
-    "gemma": HubSource("google/gemma-2-2b", "", "_3", "gated", "Gemma2Model", 2_614_341_888, 2304),
-    "t5": HubSource(SD35, "text_encoder_3", "_3", "gated", "T5EncoderModel", 4_762_310_656, 4096),
+    "gemma": HubSource("google/gemma-2-2b", "", "_3", GATED, "Gemma2Model", 2_614_341_888, 2304),
+    "t5": HubSource(SD35, "text_encoder_3", "_3", GATED, "T5EncoderModel", 4_762_310_656, 4096),
 }
 SETS = {"clip-l": ("clip_l",), "snapgen": ("clip_l", "clip_g", "gemma"),
         "sd3": ("clip_l", "clip_g", "t5")}
 
-
-def parts_of(cfg: TextConfig, widths: dict | None = None) -> dict:
+def parts_of(cfg: TextConfig, clips=(768, 1280)) -> dict:
     """{encoder: (first row, last row, first column, last column)} of its states in the joined ones.
-    The CLIPs share 77 rows, Gemma or T5 has rows of its own. widths: where not the published."""
+    The CLIPs, of these widths, share 77 rows; Gemma or T5 has rows of its own."""
     parts, column = {}, 0
-    for name in SETS[cfg.kind]:
-        D = (widths or {}).get(name) or SOURCES[name].width
-        if name.startswith("clip"):
-            parts[name] = (0, 77, column, column + D)
-        else:
-            parts[name] = (77, 77 + cfg.tokens, 0, D)
+    for name, D in zip(SETS[cfg.kind], clips):
+        parts[name] = (0, 77, column, column + D)
         column += D
+    for name in SETS[cfg.kind][2:]:
+        parts[name] = (77, 77 + cfg.tokens, 0, cfg.width)
     return parts
 
-
 class Encoders:
-    """Frozen encoders. `release()`, or leaving a `with` block, frees their memory."""
+    """Frozen encoders. `release()` frees their memory."""
 
     def __init__(self, cfg: TextConfig, device):
-        names = SETS.get(cfg.kind, ())
-        unknown = set(cfg.leave_out) - set(names)
-        if not names or unknown or cfg.dtype not in ("auto", "bfloat16", "float32"):
-            raise UserError(f"text encoders: kind '{cfg.kind}' (one of {', '.join(SETS)}), "
-                            f"leave_out {cfg.leave_out} (some of {', '.join(names)}), dtype "
-                            f"'{cfg.dtype}' (auto, bfloat16, float32)")
-        self.cfg = cfg
-        self.device = pick_device(device) if isinstance(device, str) else device
+        self.cfg, self.device = cfg, torch.device(device)
         exact = cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu")
         self.dtype = torch.float32 if exact else torch.bfloat16
+        names = SETS[cfg.kind]
         self.loaded = {n: self.load(n) for n in names if n not in cfg.leave_out}
         configs = {n: model.config for n, (_, model) in self.loaded.items()}
-        widths = {names[2]: cfg.width} if len(names) == 3 else {}
-        self.parts = parts_of(cfg, widths | {n: c.hidden_size for n, c in configs.items()})
-        self.pooled_dims = {n: SOURCES[n].projection for n in names[:2]}
-        self.pooled_dims |= {n: configs[n].projection_dim for n in names[:2] if n in configs}
-        _, self.length, _, self.width = self.parts[names[-1]]
-        if cfg.width != self.width:
-            raise UserError(f"text encoders '{cfg.kind}' give states of width {self.width}, "
-                            f"text.width is {cfg.width}: set it and the context_dim to that")
+        sizes = {n: (SOURCES[n].width, SOURCES[n].projection) for n in names[:2]}
+        for n in sizes.keys() & configs.keys():
+            sizes[n] = configs[n].hidden_size, configs[n].projection_dim
+        self.pooled_dims = {n: P for n, (_, P) in sizes.items()}
+        self.parts = parts_of(cfg, [D for D, _ in sizes.values()])
+        last = configs.get(names[-1])
+        if last and last.hidden_size != cfg.width:
+            raise UserError(f"text.width={cfg.width}: encoders {cfg.kind} give {last.hidden_size}")
 
     def load(self, name: str):
         """(tokenizer, model) of one encoder. UserError says in one line what to download."""
-        from transformers import AutoTokenizer
-        from transformers.utils import logging
+        import transformers
+        transformers.utils.logging.set_verbosity_error()    # what is missing is said here
         source, folder = SOURCES[name], self.cfg.folder
         if self.cfg.kind == "sd3":      # SDXL's CLIP-L has no projection, and so no pooled state
-            source = source._replace(hub=SD35, license="gated")
+            source = source._replace(hub=SD35, license=GATED)
         where, inside = source.hub, source.inside
         if folder:
             where, inside = folder, f"text_encoder{source.number}"
         words = inside.replace("text_encoder", "tokenizer")
         if Path(where, inside).is_dir() and not Path(where, words).is_dir():
             words = inside              # one directory for both, as Gemma comes
-        verbosity = logging.get_verbosity()
-        logging.set_verbosity_error()   # what is missing is said here, in one line
         try:
             place = where if Path(where).is_dir() else download_encoder(where, inside, words)
-            model = self.read(source.network, place, inside)
+            network = getattr(transformers, source.network)
+            how = {"subfolder": inside, "dtype": self.dtype, "use_safetensors": True,
+                   "output_loading_info": True, "trust_remote_code": False}
+            try:
+                model, info = network.from_pretrained(place, variant="fp16", **how)
+            except OSError:             # there are no fp16 files
+                model, info = network.from_pretrained(place, **how)
+            missing = set(info["missing_keys"])
+            if self.cfg.kind != "sd3":
+                missing -= {"text_projection.weight"}       # which nobody reads
+            if missing:                 # transformers would go on with random ones
+                raise ValueError(f"it lacks {len(missing)} tensors, '{min(missing)}' first")
             # padding to the right: Gemma, which is causal, never sees it
-            tokenizer = AutoTokenizer.from_pretrained(
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place, subfolder=words, padding_side="right", trust_remote_code=False)
         except Exception as e:          # of the network, the hub, the files: many types
-            at = f"{where}/{inside}".rstrip("/")
-            raise UserError(how_to_get(name, source, folder, at, e)) from None
-        finally:
-            logging.set_verbosity(verbosity)
+            raise UserError(how_to_get(name, source, folder, f"{where}/{inside}", e)) from None
         return tokenizer, model.to(self.device).eval().requires_grad_(False)
-
-    def read(self, network: str, place: str, inside: str):
-        """A network of transformers, from its fp16 files where they are there."""
-        import transformers
-        how = {"subfolder": inside, "dtype": self.dtype, "use_safetensors": True,
-               "output_loading_info": True, "trust_remote_code": False}
-        make = getattr(transformers, network).from_pretrained
-        try:
-            model, info = make(place, variant="fp16", **how)
-        except OSError:
-            model, info = make(place, **how)
-        missing = set(info["missing_keys"])
-        if self.cfg.kind != "sd3":
-            missing -= {"text_projection.weight"}       # which nobody reads
-        if missing:                     # transformers would go on with random ones
-            raise ValueError(f"it lacks {len(missing)} tensors, '{min(missing)}' first")
-        return model
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Text:
         """emb (B, 77, D) of clip-l, else (B, 77 + tokens, D); mask; pooled (B, P) of sd3.
         Longer captions are cut."""
-        B, L = len(captions), self.length
+        shape = len(captions), max(bottom for _, bottom, _, _ in self.parts.values())
         like = {"dtype": self.dtype, "device": self.device}
-        emb = torch.zeros(B, L, self.width, **like)
-        mask = torch.zeros(B, L, dtype=torch.bool, device=self.device)
-        pooled = {n: torch.zeros(B, d, **like) for n, d in self.pooled_dims.items()}
+        emb = torch.zeros(*shape, self.cfg.width, **like)
+        mask = torch.zeros(shape, dtype=torch.bool, device=self.device)
+        pooled = {n: torch.zeros(shape[0], P, **like) for n, P in self.pooled_dims.items()}
         for name, (tokenizer, model) in self.loaded.items():
             top, bottom, left, right = self.parts[name]
             t = tokenizer(captions, padding="max_length", max_length=bottom - top,
@@ -363,15 +319,7 @@ class Encoders:
     def release(self):
         self.loaded.clear()
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.release()
-
+        torch.cuda.empty_cache()        # nothing, without CUDA
 
 def download_encoder(hub: str, inside: str, words: str) -> str:
     """Fetches weights (fp16 where there are, half the size) and tokenizer; -> their directory."""
@@ -383,9 +331,8 @@ def download_encoder(hub: str, inside: str, words: str) -> str:
         return place
     return snapshot_download(hub, allow_patterns=[*small, f"{top}model*.safetensors"])
 
-
 def how_to_get(name: str, source: HubSource, folder: str, at: str, e: Exception) -> str:
-    """The error of an encoder that is not whole: what to download, how large it is, where to."""
+    """What to download, how large it is, where to put it."""
     command = f"hf download {source.hub}"
     if source.inside:
         words = source.inside.replace("text_encoder", "tokenizer")
@@ -393,57 +340,40 @@ def how_to_get(name: str, source: HubSource, folder: str, at: str, e: Exception)
     if folder:
         inside = "" if source.inside else f"/text_encoder{source.number}"
         command += f" --local-dir {folder}{inside}"
-    accept = ", after you accept its licence there and `hf auth login`"
-    reason = (str(e).strip().splitlines() or [""])[0][:100]
-    return (f"text encoder {name} is not whole at {at}: `{command}` downloads and places it, "
-            f"{2 * source.parameters / 1e9:.2f} GB at 2 bytes a weight"
-            f"{accept if source.license == 'gated' else ''} ({type(e).__name__}: {reason})")
+    reason = f"{type(e).__name__}: {e}".split("\n")[0][:100]
+    return (f"text encoder {name} is not whole at {at.rstrip('/')}: `{command}` gets "
+            f"{2 * source.parameters / 1e9:.2f} GB, licence {source.license} ({reason})")
 
-
-def load_encoders(cfg: TextConfig, device="auto") -> Encoders:
-    """UserError in one line where weights are missing: what to download, and where to put it."""
+def load_encoders(cfg: TextConfig, device) -> Encoders:
     return Encoders(cfg, device)
 
-
-def drop_encoders(text: Text, parts: dict, generator: torch.Generator, p: float = 0.464) -> Text:
-    """Blanks each encoder's states with chance p, independently in each caption, so that any
-    subset will do when sampling (SD3: 46.4 %, so that one in ten has none). parts: parts_of(cfg).
-    Tokens that are left without states are masked."""
-    B = len(text.emb)
+def drop_encoders(text: Text, cfg: TextConfig, generator, p: float = 0.464) -> Text:
+    """Blanks each encoder's states with chance p in each caption, so that any subset will do when
+    sampling (SD3: 46.4 %, so that one in ten has none). Tokens without any state are masked."""
     emb, covered = text.emb.clone(), torch.zeros_like(text.mask)
-    for top, bottom, left, right in parts.values():
-        keep = torch.rand(B, generator=generator, device=generator.device).to(emb.device) >= p
+    for top, bottom, left, right in parts_of(cfg).values():
+        keep = torch.rand(len(emb), generator=generator).to(emb.device) >= p
         emb[:, top:bottom, left:right] *= keep[:, None, None].to(emb.dtype)
         covered[:, top:bottom] |= keep[:, None]
     mask = text.mask & covered          # (B, L)
     mask[:, 0] = True                   # all dropped: one state of zeros is left
     return Text(emb, mask, text.pooled)
 
-
 # ---------------------------------------------------------------------------- command line
-def print_sizes():
-    for name, s in SOURCES.items():
-        print(f"{name:7}{s.parameters:14,} parameters, {2 * s.parameters / 1e9:5.2f} GB at 2 bytes "
-              f"each: {s.hub} {s.inside} ({s.license})")
-    for kind, names in SETS.items():
-        print(f"{kind:8} in all {sum(2 * SOURCES[n].parameters for n in names) / 1e9:.2f} GB")
-
-
 def main(argv):
     if argv == ["--train-bpe"]:
         from scenes import Scenes
         scenes = Scenes()
         captions = [scenes.caption(scenes.scene(i), random.Random(i)) for i in range(20000)]
         VOCABULARY.write_bytes(train_bpe(captions, 1024))
-        print(f"{VOCABULARY}: {load_vocabulary().end} tokens")
     elif argv == ["--sizes"]:
-        print_sizes()
+        for name, s in SOURCES.items():
+            print(f"{name:7}{s.parameters:14,} parameters, {2 * s.parameters / 1e9:5.2f} GB at "
+                  f"2 bytes each: {s.hub} {s.inside} ({s.license})")
     else:
         vocabulary = load_vocabulary()
         for caption in argv or [""]:
-            pieces = [vocabulary.encoding.decode([i]) for i in vocabulary.ids_of(caption)]
-            print(" | ".join(pieces))
-
+            print(" | ".join(vocabulary.encoding.decode([i]) for i in vocabulary.ids_of(caption)))
 
 if __name__ == "__main__":
     with friendly():
