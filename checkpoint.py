@@ -130,11 +130,8 @@ def resolve(path) -> Path:
         path = ROOT / path                                  # "assets/ae" from any directory
     pointer = path / "latest"
     if pointer.is_file():
-        name = pointer.read_text(errors="replace").strip()
-        if name != Path(name).name or not name:
-            raise UserError(f"{pointer} is damaged: it should name a directory beside it")
-        path = path / name
-        old = path.with_name(name + ".old")
+        path = path / Path(pointer.read_text(errors="replace").strip()[:99]).name
+        old = path.with_name(path.name + ".old")
         if not path.exists() and old.exists():
             path = old                                      # killed between two renames of a save
     if not path.is_dir():
@@ -147,25 +144,23 @@ def read_description(path: Path) -> dict:
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} has no config.json: it is no checkpoint of ours, or a "
-                        "half-written one; use another directory") from None
+        if not isinstance(config, dict) or not isinstance(config.get("crc32", {}), dict):
+            raise ValueError("no table of settings")
     except (ValueError, RecursionError, OSError) as e:
-        raise UserError(f"{file} is damaged ({e}): use an older checkpoint of the run") from None
-    if not isinstance(config, dict) or not isinstance(config.get("crc32", {}), dict):
-        raise UserError(f"{file} is damaged (no table of settings): use an older checkpoint")
+        raise UserError(f"{file} is missing or damaged ({e}): this is no checkpoint of ours, or a "
+                        "half-written one; use another") from None
     return config
 
 def check_file(path: Path, config: dict, name: str) -> Path:
     """The file `name` of a checkpoint. UserError where it is missing or its checksum differs."""
     file = path / name
+    trouble = ""
     if not file.is_file():
-        raise UserError(f"{file} is missing: the checkpoint is incomplete; copy it again or use an "
-                        "older one")
-    expected = config.get("crc32", {}).get(name)
-    if expected is not None and crc32(file) != expected:
-        raise UserError(f"{file} is damaged (its checksum differs): copy it again, or use an older "
-                        "checkpoint of the run")
+        trouble = "missing"
+    elif crc32(file) != config.get("crc32", {}).get(name, crc32(file)):
+        trouble = "damaged (its checksum differs)"
+    if trouble:
+        raise UserError(f"{file} is {trouble}: copy it again, or use an older checkpoint")
     return file
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:
@@ -198,7 +193,6 @@ def hub_folder(source, inside: str, get: str = "") -> Path:
     if not folder.exists():
         try:
             from huggingface_hub import snapshot_download  # a dependency of transformers
-
             patterns = [f"{inside}/*.json", f"{inside}/*.safetensors"]
             folder = Path(snapshot_download(str(source), allow_patterns=patterns))
         except Exception as e:                              # many types: network, hub, files
