@@ -1,13 +1,13 @@
 """The checker: a small detector that reads objects, colours and places off a picture of a scene.
+It finds centre points (Zhou et al. 2019, "Objects as Points") and has 1.95 M parameters.
 
     python checker.py [key=value]       trains it, on renders alone; writes runs/checker/final
-
-It finds centre points (Zhou et al. 2019, "Objects as Points") and has 1.95 M parameters.
 
 B batch | n = 16 rows and columns of cells, each 4 px of a picture of 64 px | N pictures
 """
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -26,7 +26,6 @@ NOUN_LIST, COLOUR_LIST = list(NOUNS), list(COLOURS)
 NOUN_LOGITS = slice(4, 4 + len(NOUNS))          # channels of the head
 COLOUR_LOGITS = slice(4 + len(NOUNS), 4 + len(NOUNS) + len(COLOURS))
 
-# ------------------------------------------------------------------------- the network
 def conv_norm_silu(C_in, C_out, stride=1):
     conv = nn.Conv2d(C_in, C_out, 3, stride, 1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(C_out), nn.SiLU())
@@ -43,11 +42,8 @@ class CheckerBlock(nn.Module):
 
 class Checker(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> a map (B, 94, n, n) and features (B, 224).
-
     Channels of the map: the logit of "a centre is here"; its offset down and right within the
-    cell; log size; 80 noun and 10 colour logits. The features are for the Frechet distance.
-    """
-
+    cell; log size; 80 noun and 10 colour logits. The features are for the Frechet distance."""
     def __init__(self):
         super().__init__()
         self.stem = nn.Sequential(conv_norm_silu(3, 32), conv_norm_silu(32, 48, 2))
@@ -89,24 +85,16 @@ class CheckerConfig:
     seed: int = option(0, low=0)
     device: str = "auto"
 
-class Renders:
-    """A torch dataset of which item k is batch k: pictures, and what targets() gives for them."""
-
-    def __init__(self, cfg: CheckerConfig):
-        self.cfg = cfg
-        self.sources = [Scenes(SIZE, "train", seed=77, layout=name) for name in ("slots", "free")]
-
-    def __getitem__(self, k):
-        rng = np.random.default_rng((self.cfg.seed, k))
-        scenes, pictures = [], []
-        for j in range(self.cfg.batch):
-            source = self.sources[rng.integers(2)]
-            scenes.append(source.scene(k * self.cfg.batch + j))
-            picture = source.render(scenes[-1])
-            if rng.random() < 0.5:
-                picture = soften(picture, rng)
-            pictures.append(picture)
-        return torch.from_numpy(np.stack(pictures)), *targets(scenes)
+def render_batch(cfg: CheckerConfig, sources: list[Scenes], k: int):
+    """Batch k of the run: pictures (B, 64, 64, 3), and what targets() gives for them."""
+    rng = np.random.default_rng((cfg.seed, k))
+    scenes, pictures = [], []
+    for j in range(cfg.batch):
+        source = sources[rng.integers(2)]
+        scenes.append(source.scene(k * cfg.batch + j))
+        picture = source.render(scenes[-1])
+        pictures.append(soften(picture, rng) if rng.random() < 0.5 else picture)
+    return torch.from_numpy(np.stack(pictures)), *targets(scenes)
 
 def soften(picture, rng):
     """Blur and noise as a decoder leaves them: a mix with a reduced copy, then noise."""
@@ -119,9 +107,7 @@ def soften(picture, rng):
 
 def targets(scenes: list[Scene]):
     """The objects of scenes as a table, and the map of their centres (B, n, n).
-
-    A row is [picture, row, column, dy, dx, log size, noun, colour (-1: the sprite's own)].
-    """
+    A row is [picture, row, column, dy, dx, log size, noun, colour (-1: the sprite's own)]."""
     table = []
     heat = torch.zeros(len(scenes), CELLS, CELLS)
     middle = torch.arange(CELLS) + 0.5
@@ -134,8 +120,7 @@ def targets(scenes: list[Scene]):
             noun = NOUN_LIST.index(group.noun)
             table.append([b, row, column, cy - row, cx - column, np.log(side), noun, colour])
             distance = (middle[:, None] - cy) ** 2 + (middle[None] - cx) ** 2       # (n, n)
-            bump = torch.exp(-distance / (2 * (side * CELLS / 6) ** 2))
-            heat[b] = torch.maximum(heat[b], bump)
+            heat[b] = heat[b].maximum(torch.exp(-distance / (2 * (side * CELLS / 6) ** 2)))
             heat[b, row, column] = 1.0
     return torch.tensor(table, dtype=torch.float32), heat
 
@@ -164,12 +149,13 @@ def train_checker(cfg: CheckerConfig):
     learner = Learner(net, opt, cfg.clip, ema)
     run = Run(cfg, device, model=net, ema=ema, optimizer=opt)
     amp = use_bfloat16(cfg.amp, device)
-    batches = iter(torch.utils.data.DataLoader(
-        Renders(cfg), None, sampler=range(run.step, cfg.steps), num_workers=cfg.workers))
+    sources = [Scenes(SIZE, "train", seed=77, layout=name) for name in ("slots", "free")]
+    batches = torch.utils.data.DataLoader(
+        range(run.step, cfg.steps), None, collate_fn=partial(render_batch, cfg, sources),
+        num_workers=cfg.workers)
 
-    for step in run.steps():
+    for step, (pictures, table, heat) in zip(run.steps(), batches):
         opt.schedule(rate(cfg, step))
-        pictures, table, heat = next(batches)
         x = to_tensor(pictures).to(device, memory_format=torch.channels_last)
         with autocast(device, amp):
             out, _ = net(x)
@@ -180,7 +166,7 @@ def train_checker(cfg: CheckerConfig):
         if run.due():
             run.save()
             with ema.swapped():
-                shares = ceiling(net.eval(), 100)
+                shares = ceiling(net.eval(), Scenes(SIZE, "test", seed=5), 100)
             net.train()
             print(f"step {run.step}: right verdicts on held-out renders: {shares}", flush=True)
             run.restart_clock()
@@ -195,7 +181,7 @@ class Seen:
     y: float
 
 @torch.inference_mode()
-def look(net: Checker, pictures, threshold: float = 0.4, batch: int = 128):
+def look(net: Checker, pictures, batch: int = 128):
     """uint8 pictures (H, W, 3) of any size -> (a list of Seen for each, features (N, 224))."""
     device = next(net.parameters()).device
     seen, features = [], []
@@ -203,22 +189,18 @@ def look(net: Checker, pictures, threshold: float = 0.4, batch: int = 128):
         images = [Image.fromarray(p) for p in pictures[i:i + batch]]
         small = [np.asarray(im.resize((SIZE, SIZE), Image.Resampling.BOX)) for im in images]
         out, feature = net(to_tensor(np.stack(small)).to(device))
-        heat = out[:, :1].sigmoid()                                         # (B, 1, n, n)
-        peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > threshold)
-        seen += map(read_map, out.cpu(), peaks[:, 0].cpu())
         features.append(feature.float().cpu())
+        out = out.cpu()                                                     # (B, 94, n, n)
+        heat = out[:, 0].sigmoid()
+        peaks = (heat == F.max_pool2d(heat, 3, 1, 1)) & (heat > 0.4)        # (B, n, n)
+        seen += [[] for _ in images]
+        for b, row, column in peaks.nonzero().tolist():
+            values = out[b, :, row, column]                                 # (94,)
+            noun = NOUN_LIST[int(values[NOUN_LOGITS].argmax())]
+            colour = COLOUR_LIST[int(values[COLOUR_LOGITS].argmax())]
+            y, x = float(row + values[1]) / CELLS, float(column + values[2]) / CELLS
+            seen[i + b].append(Seen(noun, colour, x, y))
     return seen, torch.cat(features)
-
-def read_map(out, peaks) -> list[Seen]:
-    """The objects at the peaks (n, n) of one picture's map (94, n, n)."""
-    seen = []
-    for row, column in peaks.nonzero().tolist():
-        values = out[:, row, column]                                        # (94,)
-        noun = NOUN_LIST[int(values[NOUN_LOGITS].argmax())]
-        colour = COLOUR_LIST[int(values[COLOUR_LOGITS].argmax())]
-        y, x = float(row + values[1]) / CELLS, float(column + values[2]) / CELLS
-        seen.append(Seen(noun, colour, x, y))
-    return seen
 
 def judge(scene: Scene, seen: list[Seen]) -> str:
     """What is wrong with a picture of this scene, "" where nothing is, by GenEval's rules."""
@@ -231,12 +213,10 @@ def judge(scene: Scene, seen: list[Seen]) -> str:
             return f"{group.noun} became {others[0]}" if others else f"{group.noun} is missing"
         if scene.category in ("counting", "mixed") and len(mine) != group.count:
             return f"{group.count} became {len(mine)}"
-        if group.colour:
-            right = [o for o in mine if o.colour == group.colour]
-            if not right:
-                return f"{group.colour} became {mine[0].colour}"
-            mine = right
-        found.append(mine)
+        right = [o for o in mine if o.colour == group.colour or not group.colour]
+        if not right:
+            return f"{group.colour} became {mine[0].colour}"
+        found.append(right)
     if scene.relation:
         horizontal = scene.relation in ("left of", "right of")
         a, b = [np.mean([o.x if horizontal else o.y for o in mine]) for mine in found]
@@ -245,9 +225,8 @@ def judge(scene: Scene, seen: list[Seen]) -> str:
             return f"not {scene.relation}"
     return ""
 
-def ceiling(net, n=200, size=SIZE, nouns=0, layout="slots") -> dict:
-    """Share of right verdicts on n real held-out renders of each category."""
-    source = Scenes(size, "test", seed=5, nouns=nouns, layout=layout)
+def ceiling(net, source: Scenes, n: int = 200) -> dict:
+    """Share of right verdicts on n real renders of each category."""
     shares = {}
     for category in CATEGORIES:
         scenes = [source.scene(i, category) for i in range(n)]

@@ -2,7 +2,6 @@
 
     python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]     DIR/score.json and DIR/score.png
     python evaluate.py --ckpt DIR --fd 5000                  Frechet distance, precision and recall
-    python evaluate.py --ckpt DIR --prompts 8 --each 1 --sheet out.png       pictures alone
     python evaluate.py --coreml BUNDLE --prompts 20 --each 1                 the files that ship
 
 As in GenEval, a detector (checker.py) looks for what each prompt asks for. Beside the score: its
@@ -46,10 +45,8 @@ def frechet(a, b) -> float:
     return float(means + cov_a.trace() + cov_b.trace() - 2 * cross)
 
 def precision_recall(real, fake, k=3) -> tuple[float, float]:
-    """Shares of fakes within a real one's k-th neighbour's radius, and the reverse.
-
-    Features (N, F) and (M, F), with N and M above k (Kynkäänniemi et al. 2019, section 3).
-    """
+    """Shares of fakes within a real one's k-th neighbour's radius, and the reverse. Features
+    (N, F) and (M, F), N and M above k (Kynkäänniemi et al. 2019, section 3)."""
     def covered(points, by):
         # k + 1, because each picture is its own nearest
         radii = torch.cat([torch.cdist(x, by).kthvalue(k + 1).values for x in by.split(500)])
@@ -74,9 +71,7 @@ def inception_fid(real, fake, device) -> float | None:
 @torch.no_grad()
 def latents_health(x0, real, ae, batch: int = 64) -> dict:
     """Numbers of predicted latents (B, C, H, W) beside real ones, decoded `batch` at a time.
-
-    spread: how far pictures are from each other, relative to the real ones.
-    """
+    spread: how far pictures are from each other, relative to the real ones."""
     pixels = torch.cat([ae.decode(z) for z in x0.float().split(batch)])             # (B, 3, 8H, 8W)
     theirs = torch.cat([ae.decode(z) for z in real.float().split(batch)])
     values = {
@@ -91,9 +86,8 @@ def health_warnings(h: dict) -> list[str]:
     """What latents_health() says is wrong with a student's pictures, a line each."""
     lines = []
     if h["spread"] < 0.5:
-        lines.append(f"collapse: pictures of different captions are alike, their spread is "
-                     f"{h['spread']:.2f} of the real ones'; lower gan_weight or lr, or raise r1 or "
-                     "kd_weight")
+        lines.append(f"collapse: captions' pictures are alike, with {h['spread']:.2f} of real "
+                     "ones' spread; lower gan_weight or lr, or raise r1 or kd_weight")
     if h["pixel_std"] > 1.3 * h["real_std"]:
         lines.append(f"oversaturation: the pixels' deviation is {h['pixel_std']:.2f}, real ones "
                      f"have {h['real_std']:.2f}; lower teacher_cfg or gan_weight")
@@ -102,11 +96,13 @@ def health_warnings(h: dict) -> list[str]:
                      f"{h['real_mean']:.2f}; lower lr or gan_weight, or raise kd_weight")
     return lines
 
-def interval(*rights, seed=0, n=2000) -> list[float]:
-    """95 % interval, by resampling prompts, of the mean over `rights`, (prompts, pictures) each."""
-    rng = np.random.default_rng(seed)
-    means = [r.mean(1)[rng.integers(0, len(r), (n, len(r)))].mean(1) for r in rights]
-    return [float(v) for v in np.percentile(np.mean(means, 0), (2.5, 97.5))]
+def summary(rights: list, shuffled) -> dict:
+    """Mean over `rights`, (prompts, pictures) each, and its 95 % interval by resampling prompts."""
+    rng = np.random.default_rng(0)
+    means = [r.mean(1)[rng.integers(0, len(r), (2000, len(r)))].mean(1) for r in rights]
+    low, high = map(float, np.percentile(np.mean(means, 0), (2.5, 97.5)))
+    mean = float(np.mean([r.mean() for r in rights]))
+    return {"score": mean, "low": low, "high": high, "shuffled": float(np.mean(shuffled))}
 
 def score(pictures, scenes: list[Scene], checker, each: int):
     """`each` pictures a scene, in order -> ({category or "mean": row}, verdicts, confusions)."""
@@ -121,22 +117,17 @@ def score(pictures, scenes: list[Scene], checker, each: int):
         # each picture against the next prompt: a check that cannot fail is worth nothing
         moved = [asked[i] for i in index[each:] + index[:each]]
         shuffled = [judge(scene, seen[i]) == "" for i, scene in zip(index, moved, strict=True)]
-        scores[category] = summary(right.mean(), np.mean(shuffled), right)
+        scores[category] = summary([right], shuffled)
         confusions[category] = Counter(filter(None, (verdicts[i] for i in index))).most_common(8)
-    means = [np.mean([row[key] for row in scores.values()]) for key in ("score", "shuffled")]
-    scores["mean"] = summary(*means, *rights)
+    scores["mean"] = summary(rights, [row["shuffled"] for row in scores.values()])
     confusions["mean"] = []
     return scores, verdicts, confusions
 
-def summary(mean, shuffled, *rights) -> dict:
-    low, high = interval(*rights)
-    return {"score": float(mean), "low": low, "high": high, "shuffled": float(shuffled)}
-
-def contact_sheet(pictures, captions, verdicts, per_category, each, shown=12):
+def contact_sheet(pictures, captions, verdicts, prompts, each):
     """The first prompts' first pictures, a row a category, framed green (right) or red (wrong)."""
-    columns = min(shown, per_category // each)
+    columns = min(12, prompts)
     framed, words = [], []
-    for first in range(0, len(pictures), per_category):
+    for first in range(0, len(pictures), prompts * each):
         for i in range(first, first + columns * each, each):
             picture = Image.fromarray(pictures[i]).resize((128, 128), Image.Resampling.NEAREST)
             colour = (210, 40, 40) if verdicts[i] else (40, 170, 60)
@@ -169,13 +160,8 @@ def evaluate(a):
     begin = time.time()
     pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
-    columns = a.prompts * a.each
-    if a.sheet:
-        grid(pictures, captions, columns, max(1, 128 // data["size"])).save(a.sheet)
-        print(f"{a.sheet}: held-out prompts, a row for each of {', '.join(CATEGORIES)}")
-        return
     scores, verdicts, confusions = score(pictures, scenes, checker, a.each)
-    top = ceiling(checker, 200, data["size"], data["nouns"], data["layout"])
+    top = ceiling(checker, source(seed=5))
     top["mean"] = float(np.mean(list(top.values())))
     result = {
         "ckpt": a.coreml or a.ckpt, "step": config.get("step"), "steps": len(how["steps"]) - 1,
@@ -186,7 +172,7 @@ def evaluate(a):
     if a.fd:
         result |= distances(draw, checker, source(seed=11), a.fd)
     (folder / "score.json").write_text(json.dumps(result, indent=1))
-    contact_sheet(pictures, captions, verdicts, columns, a.each).save(folder / "score.png")
+    contact_sheet(pictures, captions, verdicts, a.prompts, a.each).save(folder / "score.png")
     print(f"\n{folder}/score.json, {folder}/score.png")
 
 def print_table(result: dict):
@@ -212,8 +198,7 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
     }
     print("\nFrechet distance of {fd_pictures} pictures, checker features: {fd:.3f} (renders "
           "against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
-          "FID on InceptionV3's features (None: torch-fidelity is not installed, or its weights "
-          "are not in torch's hub folder): {fid}".format(**found))
+          "FID (None: torch-fidelity or its weights are not here): {fid}".format(**found))
     return found
 
 def parse_evaluation(argv):
@@ -228,7 +213,6 @@ def parse_evaluation(argv):
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance")
-    p.add_argument("--sheet", default="", metavar="FILE", help="only draw the pictures into it")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: --ckpt")
     p.add_argument("--device", default="auto")
@@ -239,9 +223,6 @@ def parse_evaluation(argv):
         raise UserError(f"--fd wants 0 (none) or 4 pictures and more, got {a.fd}")
     if a.cfg is not None and not math.isfinite(a.cfg):
         raise UserError(f"--cfg must be a finite number, got {a.cfg}")
-    sheet = Path(a.sheet or "sheet.png")
-    if not sheet.parent.is_dir() or sheet.suffix.lower() not in (".png", ".jpg", ".webp"):
-        raise UserError(f"--sheet {sheet}: name a .png, .jpg or .webp file in a folder that exists")
     return a
 
 if __name__ == "__main__":

@@ -18,17 +18,9 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import common
 from checkpoint import Run, load_into, read_tensors
-from common import (
-    UserError,
-    autocast,
-    friendly,
-    option,
-    provenance,
-    read_config,
-    setup,
-    use_bfloat16,
-)
+from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
 from data import DataConfig
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder, to_pictures, to_tensor
 from optim import EMA, Learner, Muon, rate
@@ -38,28 +30,27 @@ from scenes import Scenes
 
 # Grey, blue-yellow, green-magenta. In RGB, L1 is content with the right grey and learns hue last.
 OPPONENT = [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, -1.0], [-1.0, 2.0, -1.0]]
+# Mean and deviation of ImageNet's colours, in [-1, 1].
+IMAGENET = [[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]
 
-def pyramid_l1(a, b, levels=4):
+def pyramid_l1(a, b):
     """L1 over a Laplacian pyramid of opponent colours. Unlike plain L1 it minds a blurred edge."""
-    colours = torch.tensor(OPPONENT, device=a.device)
-    d = torch.einsum("bchw,oc->bohw", a - b, colours)               # (B, 3, H, W)
+    d = torch.einsum("bchw,oc->bohw", a - b, a.new_tensor(OPPONENT))        # (B, 3, H, W)
     loss = 0.0
-    for _ in range(levels - 1):
+    for _ in range(3):
         low = F.avg_pool2d(d, 2)
         loss = loss + (d - F.interpolate(low, scale_factor=2.0, mode="bilinear")).abs().mean()
         d = low
     return loss + d.abs().mean()
 
-class PatchDiscriminator(nn.Sequential):
-    """Real or drawn, for each patch of about 22 px: (B, 3, H, W) -> logits (B, 1, H/8, W/8)."""
-
-    def __init__(self, C=32):
-        super().__init__(
-            nn.Conv2d(3, C, 4, 2, 1), nn.LeakyReLU(0.2),
-            nn.Conv2d(C, 2 * C, 4, 2, 1), nn.GroupNorm(8, 2 * C), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * C, 4 * C, 4, 2, 1), nn.GroupNorm(8, 4 * C), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * C, 1, 3, padding=1),
-        )
+def patch_discriminator() -> nn.Sequential:
+    """Real or drawn, for each patch of about 22 px: (B, 3, H, W) -> logits (B, 1, h, w)."""
+    return nn.Sequential(
+        nn.Conv2d(3, 32, 4, 2, 1), nn.LeakyReLU(0.2),
+        nn.Conv2d(32, 64, 4, 2, 1), nn.GroupNorm(8, 64), nn.LeakyReLU(0.2),
+        nn.Conv2d(64, 128, 4, 2, 1), nn.GroupNorm(8, 128), nn.LeakyReLU(0.2),
+        nn.Conv2d(128, 1, 3, padding=1),
+    )
 
 class LPIPS(nn.Module):
     """Two pictures (B, 3, H, W) in [-1, 1] -> (B,): weighted squared distance of VGG's features."""
@@ -75,27 +66,24 @@ class LPIPS(nn.Module):
             layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)                      # numbered as VGG's own
         self.lin = nn.ParameterList(torch.ones(1, C, 1, 1) for C, _ in self.STAGES)
-        # ImageNet's mean and deviation, for pictures in [-1, 1]
-        for name, rgb in ("mean", [-0.030, -0.088, -0.188]), ("std", [0.458, 0.448, 0.450]):
-            self.register_buffer(name, torch.tensor(rgb).view(1, 3, 1, 1), persistent=False)
 
     def normalised_features(self, x):
         """What goes into each pooling, of unit length at each place: (B, C, H/2^k, W/2^k)."""
-        x = (x - self.mean) / self.std
+        mean, std = x.new_tensor(IMAGENET).view(2, 3, 1, 1)
+        x = (x - mean) / std
         for layer in self.features:
             if isinstance(layer, nn.MaxPool2d):
                 yield x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)
             x = layer(x)
 
     def forward(self, a, b):
-        both = zip(self.lin, self.normalised_features(a), self.normalised_features(b), strict=False)
+        both = zip(self.lin, self.normalised_features(a), self.normalised_features(b))
         return sum((w * (x - y).square()).sum(1).mean((1, 2)) for w, x, y in both)      # (B,)
 
 def load_lpips(path: str, device="cpu") -> LPIPS:
     """Frozen, from the weights of the package `lpips`."""
     if not Path(path).is_file():
-        raise UserError(f"lpips={path} is no file: configs/decoder_sd3.toml says how to make it; "
-                        "lpips_weight=0 goes without")
+        raise UserError(f"lpips={path} is no file: configs/decoder_sd3.toml says how to make it")
     state = {}
     for key, value in read_tensors(Path(path)).items():
         key = re.sub(r"^net\.slice\d\.", "features.", key)
@@ -185,14 +173,12 @@ def recon_picture(pairs):
     difference = [np.clip(128 + 4 * (b.astype(int) - a), 0, 255).astype(np.uint8) for a, b in pairs]
     return grid([a for a, _ in pairs] + [b for _, b in pairs] + difference, columns=len(pairs))
 
-# ------------------------------------------------------------------------- training
 def make_autoencoder(cfg: DecoderConfig, device) -> Autoencoder:
     """With cfg.encoder: that frozen encoder, its latents' scale, and a tiny decoder of our own."""
     frozen = load_autoencoder(cfg.encoder, device) if cfg.encoder else None
     if frozen:
-        own = cfg.autoencoder
-        cfg.autoencoder = replace(frozen.cfg, decoder="tiny", tiny_widths=own.tiny_widths,
-                                  tiny_blocks=own.tiny_blocks, tiny_groups=own.tiny_groups)
+        tiny = {k: v for k, v in asdict(cfg.autoencoder).items() if k.startswith("tiny_")}
+        cfg.autoencoder = replace(frozen.cfg, decoder="tiny", **tiny)
     torch.manual_seed(cfg.seed)
     ae = Autoencoder(cfg.autoencoder)
     ae.encoder = frozen.encoder if frozen else ae.encoder
@@ -215,14 +201,6 @@ def autoencoder_loss(cfg, ae, x, step, amp, lpips=None):
     loss = rec + cfg.lpips_weight * perceptual + cfg.kl * kl
     return y, loss, {"rec_loss": rec, "kl": kl}
 
-def discriminator_step(disc, learner, real, fake):
-    """Hinge loss. Where a picture is NaN so is the gradient, and the learner drops the step."""
-    disc.requires_grad_(True)
-    loss = F.relu(1 - disc(real)).mean() + F.relu(1 + disc(fake.detach())).mean()
-    loss.backward()
-    learner.step()
-    return loss
-
 def train_decoder(cfg: DecoderConfig):
     device, _, world = setup(cfg.device)
     if world > 1:
@@ -231,7 +209,7 @@ def train_decoder(cfg: DecoderConfig):
     picture, held_out = pictures_of(cfg.folder), pictures_of(cfg.folder, "test")
     ae = make_autoencoder(cfg, device)
     learned = ae.decoder if cfg.encoder else ae
-    disc = PatchDiscriminator().to(device)
+    disc = patch_discriminator().to(device)
     ema = EMA(learned, cfg.ema)
     opt = Muon(learned, cfg.lr, cfg.muon_lr)
     disc_opt = Muon(disc, 2e-4, betas=(0.5, 0.9))
@@ -249,12 +227,15 @@ def train_decoder(cfg: DecoderConfig):
         y, loss, values = autoencoder_loss(cfg, ae, x, step, amp, lpips)
         adversarial = step >= cfg.gan_start * cfg.steps
         if adversarial:
-            disc.requires_grad_(False)
             loss = loss - cfg.gan_weight * disc(y).mean()
         loss.backward()
         norm = learner.step()
         if adversarial:
-            values["disc_loss"] = discriminator_step(disc, disc_learner, x, y)
+            disc.zero_grad()                    # of what the autoencoder's loss left there
+            hinge = F.relu(1 - disc(x)).mean() + F.relu(1 + disc(y.detach())).mean()
+            hinge.backward()
+            disc_learner.step()                 # but not where a picture is NaN
+            values["disc_loss"] = hinge
         run.log(len(x), [learner, disc_learner], loss=loss, **values, grad=norm,
                 lr=cfg.lr * rate(cfg, step))
         if run.due():
@@ -264,27 +245,21 @@ def train_decoder(cfg: DecoderConfig):
                 large, pairs = reconstruct(ae, 4 * cfg.size, 8, held_out)
             recon_picture(pairs).save(run.out / "recon.png")
             run.row(psnr=small, psnr_large=large)
-            print(f"step {run.step}: held-out PSNR {small:.2f} dB at {cfg.size} px, {large:.2f} dB "
-                  f"at {4 * cfg.size} px", flush=True)
+            print(f"step {run.step}: held-out PSNR {small:.2f}, large {large:.2f} dB", flush=True)
             run.restart_clock()
-    with ema.swapped():
+    with ema.swapped(), torch.no_grad():
         if run.step == cfg.steps and not cfg.encoder:
-            measure_latents(ae, cfg, picture)
+            pictures = np.stack([picture(i, cfg.size) for i in range(256)])
+            z = torch.cat([ae.moments(x)[0] for x in to_tensor(pictures).to(device).split(1)])
+            ae.cfg.shift = round(z.mean().item(), 4)
+            ae.cfg.scale = round(1 / z.std().item(), 4)     # latents of zero mean, unit variance
         final = {k: v.clone() for k, v in ae.state_dict().items()}
     if run.finish(final, {"autoencoder": asdict(ae.cfg)}):
         print(f"{run.out}/final: shift {ae.cfg.shift}, scale {ae.cfg.scale}")
 
-@torch.no_grad()
-def measure_latents(ae, cfg, picture, n=256):
-    """Sets the shift and the scale that give the latents of n pictures zero mean, unit variance."""
-    device = next(ae.parameters()).device
-    pictures = [to_tensor(picture(i, cfg.size)[None]) for i in range(n)]
-    z = torch.cat([ae.moments(x.to(device))[0] for x in pictures])  # (n, C, h, w)
-    ae.cfg.shift, ae.cfg.scale = round(z.mean().item(), 4), round(1 / z.std().item(), 4)
-
 def measure_decoder(path, out="recon.png", table=None):
     ae = load_autoencoder(path)
-    result = {"ckpt": path, **provenance(1), "psnr": {}}
+    result = {"ckpt": path, **common.provenance(1), "psnr": {}}
     for size, n in ((64, 128), (128, 64), (256, 32)):
         result["psnr"][size], pairs = reconstruct(ae, size, n)
         print(f"held-out scenes, {size} px: {result['psnr'][size]:.2f} dB PSNR ({n} pictures)")
