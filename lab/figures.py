@@ -4,7 +4,7 @@
     python -m lab.figures steps ae       only these
 
 samples: what the shipped weights draw.  steps: before and after step distillation.
-score: a judged contact sheet.  ae: the autoencoder.  losses: nano's training.  cost: time, memory.
+score: a judged contact sheet.  ae: the autoencoder.  losses: nano's training.
 """
 import shutil
 import sys
@@ -12,30 +12,22 @@ import tempfile
 from pathlib import Path
 from textwrap import fill
 
-from common import ROOT, UserError, friendly, setup
+from common import ROOT, UserError, friendly
 from decoder import load_autoencoder
 from evaluate import evaluate, parse_evaluation
 from lab import tables
-from lab.compare import held_out_captions
+from lab.compare import draw_prompts, held_out_captions
+from lab.tables import BASE, FAST, RESULTS, runs_of
 from model import load_model
-from plots import BLUE, ORANGE, Line, Panel, chart, losses
-from sample import generate, sampling
+from plots import BLUE, ORANGE, losses
 from scenes import CATEGORIES
 from train_decoder import recon_picture, reconstruct
 
 DOCS = ROOT / "docs"
-BASE, FAST = "assets/scenes", "assets/fast"
 STEPS = {BASE: (1, 2, 4, 8, 28), FAST: (1, 2, 4)}
 PROMPTS = (     # of the six categories; all but the plain noun were never trained on
     "a shoe against a red wall", "a penguin and a clock on the beach", "2 cats", "a white rocket",
     "a carrot to the right of the mug", "a green tractor and a red elephant")
-
-def draw_prompts(ckpt: str, prompts, steps=None) -> list:
-    """Pictures of the prompts by a checkpoint, as it says or in so many steps, seeds from 0."""
-    device = setup("auto")[0]
-    net, config = load_model(ckpt, device)
-    ae, size = load_autoencoder("assets/ae", device), config["data"]["size"]
-    return generate(net, ae, prompts, range(len(prompts)), size, **sampling(config, steps))
 
 def show(ax, picture, title="", label=""):
     ax.imshow(picture, interpolation="nearest")
@@ -70,7 +62,7 @@ def draw_steps(folder: Path):
     ax = below.subplots()
     for ckpt, label, colour in ((BASE, "base, guidance 4", ORANGE),
                                 (FAST, "distilled, no guidance", BLUE)):
-        runs = sorted(tables.runs_of(tables.RESULTS, ckpt).items())
+        runs = sorted(runs_of(RESULTS, ckpt).items())
         scores = [run["scores"]["mean"] for _, run in runs]
         means = [score["score"] for score in scores]
         errors = [[mean - score["low"] for mean, score in zip(means, scores)],
@@ -99,22 +91,8 @@ def draw_autoencoder(folder: Path):
 def draw_losses(folder: Path):
     losses(DOCS / "nano_log.csv", folder / "nano_loss.png")
 
-def draw_cost(folder: Path):
-    """Seconds and GiB against the picture's side."""
-    rows = tables.read_result(tables.RESULTS, "bench_scaling")["rows"]
-    panels = []
-    for title, key, unit in (("seconds", "s", 1), ("GiB", "peak", 2**30)):
-        lines = []
-        for net, label, colour in (("UNet", "379 M UNet, one evaluation", BLUE),
-                                   ("decoder", "tiny decoder", ORANGE)):
-            points = [(r["size"], r[key] / unit) for r in rows
-                      if r["net"] == net and r["batch"] == 1]
-            lines.append(Line(label, colour, points))
-        panels.append(Panel(title, "pixels of a side", lines))
-    chart(panels, folder / "scaling_cost.png")
-
 FIGURES = {"samples": draw_samples, "steps": draw_steps, "score": draw_score,
-           "ae": draw_autoencoder, "losses": draw_losses, "cost": draw_cost}
+           "ae": draw_autoencoder, "losses": draw_losses}
 
 def main(argv):
     for name in argv:
@@ -124,7 +102,7 @@ def main(argv):
         FIGURES[name](DOCS)
         print(f"docs: {name}", flush=True)
     if not argv:
-        tables.main([])
+        tables.main()
 
 if __name__ == "__main__":
     with friendly():
