@@ -1,5 +1,6 @@
 """Pictures about a run: sheets of pictures with captions, and charts of its log.csv."""
 from pathlib import Path
+from textwrap import wrap
 from typing import NamedTuple
 
 import numpy as np
@@ -15,8 +16,7 @@ def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image
     columns = columns or min(len(pictures), max(1, round(len(pictures) ** 0.5)))
     rows = -(-len(pictures) // columns)
     h, w = pictures[0].shape[0] * scale, pictures[0].shape[1] * scale
-    wide = max(8, w // 6)       # characters
-    wrapped = [[c[k:k + wide] for k in range(0, len(c), wide)][:3] for c in captions]
+    wrapped = [wrap(caption, max(8, w // 6))[:3] for caption in captions]     # 6 pixels a letter
     line, border = 13, 4
     cell_w, cell_h = w + border, h + line * max(map(len, wrapped), default=0) + border
     sheet = Image.new("RGB", (columns * cell_w + border, rows * cell_h + border), "white")
