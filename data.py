@@ -1,6 +1,7 @@
 """What training reads: latents of scenes and their captions on disk, and batches of them.
 
     python data.py --show out.png           a sheet of scenes with their captions
+    python data.py --speed                  scenes/s on one core
     python data.py --export DIR 200 [192]   scenes as a folder of your own pictures, ten spoilt
     python data.py --build-atlas DIR        packs the sprites (once; DIR is an unpacked
                                             `npm pack @lobehub/fluent-emoji-3d@1.1.0`, MIT)
@@ -13,6 +14,7 @@ import hashlib
 import json
 import random
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -245,8 +247,18 @@ def spoil(picture: Path, way: int):
     else:
         Image.open(picture).resize((40, 30)).save(picture)
 
+def print_speed(n: int = 2000):
+    for size in (64, 128, 256):
+        scenes = Scenes(size, "train")
+        begin = time.time()
+        for i in range(n):
+            scenes[i]
+        print(f"{size} px: {n / (time.time() - begin):.0f} scenes/s on one core")
+
 def main(argv):
     match argv:
+        case ["--speed"]:
+            print_speed()
         case ["--build-atlas", folder]:
             build_atlas(folder)
         case ["--show", path]:
