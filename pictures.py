@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 
 from common import UserError
 from data import DataConfig
 
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY     # saved workflows are large
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".gz", ".tgz")
 
