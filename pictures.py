@@ -24,6 +24,7 @@ from common import UserError
 from data import DataConfig
 
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY     # saved workflows are large
+Image.MAX_IMAGE_PIXELS = 2**28      # Pillow refuses twice as many: scans have 200 M
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 OTHERS = (".gif", ".bmp", ".tif", ".tiff", ".heic", ".avif", ".jxl", ".gz", ".tgz")
 
