@@ -29,7 +29,7 @@ from cache import make_cache
 from checkpoint import Run
 from common import UserError, autocast, fill, friendly, option, read_config, setup, use_bfloat16
 from costs import tap_names, tap_shape
-from data import Batch, Batches
+from data import Batch, Batches, seeded
 from decoder import to_pictures
 from distill import Distill, DistillConfig, Teacher, find_teacher, teacher_text
 from evaluate import health_warnings, latents_health
@@ -381,7 +381,7 @@ def distil(cfg: AdvConfig):
     for step in run.steps():
         for player in game.players.values():
             player.opt.schedule(rate(cfg, step))
-        g = torch.Generator(device).manual_seed((cfg.seed * 1000003 + step) * world + rank)
+        g = seeded((cfg.seed * 1000003 + step) * world + rank, device)
         batch = batches(step * world + rank)
         made, values = game.play(batch, step, g)
         run.log(pictures=cfg.batch, learners=game.players.values(), **values,

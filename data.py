@@ -104,8 +104,8 @@ class Batches:
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         return Batch(self.latents[index].float(), Tokens(ids, mask))
 
-def seeded(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed % 2**63)      # PyTorch takes no larger ones
+def seeded(seed: int, device="cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed % 2**63)      # PyTorch takes no larger ones
 
 @functools.lru_cache(2)
 def epoch_order(n: int, seed: int, epoch: int) -> torch.Tensor:

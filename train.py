@@ -30,7 +30,7 @@ from cache import autoencoder_fingerprint, make_cache, open_cache
 from checkpoint import Run, load_into
 from common import autocast, friendly, option, read_config, setup, use_bfloat16
 from costs import matmul_speed, training_flops
-from data import Batch, Batches, DataConfig, latents_of, scenes_of
+from data import Batch, Batches, DataConfig, latents_of, scenes_of, seeded
 from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import TextToLatents, UNetConfig, count_params, load_model
@@ -247,7 +247,7 @@ def accumulate(cfg: TrainConfig, model, batches, step, device, rank, world, bflo
         k = (step * cfg.accumulate + micro) * world + rank  # the micro-batch's number in the run
         batch = batches(k)
         x0 = batch.x0                                       # (B, C, H, W)
-        g = torch.Generator(device).manual_seed(cfg.seed * 1000003 + k)
+        g = seeded(cfg.seed * 1000003 + k, device)
         eps = torch.randn(x0.shape, generator=g, device=device)
         t = draw_times(cfg.flow, len(x0), g, device)        # (B,)
         last = micro == cfg.accumulate - 1

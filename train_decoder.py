@@ -21,7 +21,7 @@ import torch.nn.functional as F
 import common
 from checkpoint import Run, load_into, read_tensors
 from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
-from data import DataConfig
+from data import DataConfig, seeded
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder, to_pictures, to_tensor
 from optim import EMA, Learner, Muon, rate
 from pictures import Unusable, find_pictures, to_bucket
@@ -191,7 +191,7 @@ def autoencoder_loss(cfg, ae, x, step, amp, lpips=None):
     mean, logvar = mean.float(), logvar.float().clamp(-20, 10)
     kl = 0.5 * (mean**2 + logvar.exp() - 1 - logvar).mean()         # constant if it is frozen
     # noise depends on the step alone, so that a resumed run draws the same
-    g = torch.Generator(x.device).manual_seed(cfg.seed * 1000003 + step)
+    g = seeded(cfg.seed * 1000003 + step, x.device)
     noise = torch.randn(mean.shape, generator=g, device=x.device)
     deviation = (0.5 * logvar).exp() + cfg.latent_noise * mean.detach().std()
     with autocast(x.device, amp):
