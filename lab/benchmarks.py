@@ -26,7 +26,8 @@ EACH = 4    # pictures a prompt
 def read_geneval(path: Path) -> dict[str, tuple]:
     """{name of the folder: (prompt, its line of the file)}"""
     found = {}
-    for i, line in enumerate(path.read_text().splitlines()):
+    lines = path.read_text(encoding="utf-8").strip().split("\n")    # not splitlines(): U+2028
+    for i, line in enumerate(lines):
         try:
             found[f"{i:05d}"] = json.loads(line)["prompt"], line
         except (ValueError, KeyError, TypeError) as e:
@@ -38,7 +39,7 @@ def write_geneval(folder: Path, pictures, line: str):
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"samples/{i:05d}.png")
-    (folder / "metadata.jsonl").write_text(line)
+    (folder / "metadata.jsonl").write_text(line, encoding="utf-8")
 
 def read_dpg(folder: Path) -> dict[str, tuple]:
     """{ID.png: (prompt, "")} of DPG-Bench's folder of ID.txt."""
