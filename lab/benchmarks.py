@@ -69,8 +69,12 @@ def main(argv):
     device = setup("auto")[0]
     net, config = load_model(args.ckpt, device)
     ae, size = load_autoencoder(args.ae, device), config["data"]["size"]
+    most = net.text_cfg.max_tokens
     for k, (name, (prompt, line)) in enumerate(tqdm(prompts.items(), unit="prompt")):
         place = args.out / name
+        if net.text is not None and len(net.vocabulary.ids_of(prompt)) > most:
+            prompt = net.vocabulary.shorten(prompt, most)       # as in training; others do it
+            tqdm.write(f"{name}: more than {most} tokens, drawn as '{prompt}'")
         if not place.is_file() and not (place / "metadata.jsonl").is_file():
             seeds = range(k * EACH, (k + 1) * EACH)
             pictures = generate(net, ae, [prompt] * EACH, seeds, size, **sampling(config))
