@@ -120,7 +120,8 @@ def targets(scenes: list[Scene]):
             noun = NOUN_LIST.index(group.noun)
             table.append([b, row, column, cy - row, cx - column, np.log(side), noun, colour])
             distance = (middle[:, None] - cy) ** 2 + (middle[None] - cx) ** 2       # (n, n)
-            heat[b] = heat[b].maximum(torch.exp(-distance / (2 * (side * CELLS / 6) ** 2)))
+            bump = torch.exp(-distance / (2 * (side * CELLS / 6) ** 2))
+            heat[b] = torch.maximum(heat[b], bump)
             heat[b, row, column] = 1.0
     return torch.tensor(table, dtype=torch.float32), heat
 
