@@ -37,8 +37,7 @@ def caption_tokens(text: TextConfig) -> int:
 def forward_flops(network, size: int, tokens: int, text: TextConfig | None = None) -> int:
     """FLOPs of a forward pass on one picture; with `text` also those of our own text encoder.
 
-    On the meta device, because the counter takes attention on CPU tensors for nothing.
-    """
+    On the meta device, because the counter takes attention on CPU tensors for nothing."""
     from torch.utils.flop_counter import FlopCounterMode
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         inputs = dummy_inputs(network, 1, size, tokens)
@@ -90,8 +89,7 @@ def activations(network, batch: int, size: int, tokens: int, bfloat16: bool) -> 
     The greediest layer is also about what a pass without gradients holds at a time. Counted by
     autograd's saved-tensor hooks in a pass on fake tensors, which know autocast: each storage once,
     without parameters. With checkpoint: what enters the layers, what is kept between them, and the
-    greediest layer. Without a kernel's temporaries and the allocator's fragments, about 10 %.
-    """
+    greediest layer. Without a kernel's temporaries and the allocator's fragments, about 10 %."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     kept = {}           # storage -> (tensor, the layer that kept it); tensors, lest addresses recur
     entered = {}        # storage -> tensor that enters a layer

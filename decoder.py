@@ -1,14 +1,13 @@
 """The autoencoder's networks: 16 channels at 1/8 of the resolution, as in SD3.
 
 The encoder has SD3's layout and names, so that SD3's own weights fit. The decoder is SnapGen's tiny
-one: 1.38 M parameters, where SD3's has 49.5 M (docs/PAPER.md, section 2). train_decoder.py trains
-both; `python decoder.py` prints their sizes.
+one: 1.38 M parameters, where SD3's has 49.5 M (docs/PAPER.md, section 2). `python decoder.py`
+prints their sizes; train_decoder.py trains them.
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
-import json
 import re
-import sys
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,8 +16,15 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import hub_folder, hub_tensors, load_checkpoint, load_into, resolve
-from common import UserError, attention, autocast, fill, friendly, option, use_bfloat16
+from checkpoint import (
+    hub_folder,
+    hub_tensors,
+    load_checkpoint,
+    load_into,
+    read_description,
+    resolve,
+)
+from common import UserError, attention, autocast, fill, option, use_bfloat16
 
 @dataclass
 class AutoencoderConfig:
@@ -43,6 +49,10 @@ class AutoencoderConfig:
                 raise UserError(f"{key} {getattr(self, key)} are not multiples of {groups} groups")
 
 # ---------------------------------------------------------------------------- SD3's networks
+def named(**layers):
+    """One after the other, under diffusers' names."""
+    return nn.Sequential(OrderedDict(layers))
+
 class ResnetBlock(nn.Module):
     def __init__(self, C_in, C_out, groups):
         super().__init__()
@@ -71,85 +81,60 @@ class AttentionBlock(nn.Module):
         h = self.to_out[0](h)[:, 0].transpose(1, 2)                 # (B, C, h*w)
         return x + h.unflatten(2, x.shape[2:])
 
-class Downsample(nn.Module):
-    def __init__(self, C):
-        super().__init__()
-        self.conv = nn.Conv2d(C, C, 3, stride=2)
+def downsample(C):
+    pad = nn.ZeroPad2d((0, 1, 0, 1))                                # SD3 pads right and below
+    return named(pad=pad, conv=nn.Conv2d(C, C, 3, stride=2))        # (B, C, H/2, W/2)
 
-    def forward(self, x):
-        return self.conv(F.pad(x, (0, 1, 0, 1)))        # SD3 pads right and below: (B, C, H/2, W/2)
-
-class Upsample(nn.Module):
-    def __init__(self, C):
-        super().__init__()
-        self.conv = nn.Conv2d(C, C, 3, padding=1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0))        # (B, C, 2H, 2W)
+def upsample(C):
+    conv = nn.Conv2d(C, C, 3, padding=1)
+    return named(resize=nn.Upsample(scale_factor=2.0), conv=conv)   # (B, C, 2H, 2W)
 
 class Middle(nn.Module):
     """Residual block, attention, residual block: the same in encoder and decoder."""
     def __init__(self, C, cfg):
         super().__init__()
         self.resnets = nn.ModuleList(ResnetBlock(C, C, cfg.groups) for _ in range(2))
-        self.attentions = nn.ModuleList([AttentionBlock(C, cfg.groups)] if cfg.attention else [])
+        self.attentions = nn.Sequential()
+        if cfg.attention:
+            self.attentions.append(AttentionBlock(C, cfg.groups))
 
     def forward(self, x):
-        x = self.resnets[0](x)
-        for block in self.attentions:
-            x = block(x)
-        return self.resnets[1](x)
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
-def resnets(C_in, C_out, n, groups):
-    return nn.ModuleList(ResnetBlock(C_out if j else C_in, C_out, groups) for j in range(n))
+def stages(widths, n, groups, name, resize):
+    """`n` residual blocks of each width; `resize`, called `name`, between two widths."""
+    out = nn.Sequential()
+    for i, C in enumerate(widths):
+        C_in = widths[max(i - 1, 0)]
+        blocks = [ResnetBlock(C if j else C_in, C, groups) for j in range(n)]
+        out.append(named(resnets=nn.Sequential(*blocks)))
+        if i < len(widths) - 1:
+            out[i].add_module(name, nn.Sequential(resize(C)))
+    return out
 
-class Encoder(nn.Module):
+class Encoder(nn.Sequential):
     """(B, 3, H, W) in [-1, 1] -> mean and log variance (B, 2*latent, h, w)."""
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
-        W, last = cfg.widths, len(cfg.widths) - 1
-        self.conv_in = nn.Conv2d(3, W[0], 3, padding=1)
-        self.down_blocks = nn.ModuleList()
-        for i, C in enumerate(W):
-            stage = nn.Module()
-            stage.resnets = resnets(W[max(i - 1, 0)], C, cfg.layers, cfg.groups)
-            stage.downsamplers = nn.ModuleList([Downsample(C)] if i < last else [])
-            self.down_blocks.append(stage)
-        self.mid_block = Middle(W[-1], cfg)
+        W = cfg.widths
+        self.conv_in = nn.Conv2d(3, W[0], 3, padding=1)             # (B, C0, H, W)
+        self.down_blocks = stages(W, cfg.layers, cfg.groups, "downsamplers", downsample)
+        self.mid_block = Middle(W[-1], cfg)                         # (B, C, h, w)
         self.conv_norm_out = nn.GroupNorm(cfg.groups, W[-1], eps=1e-6)
+        self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(W[-1], 2 * cfg.latent, 3, padding=1)
 
-    def forward(self, x):
-        x = self.conv_in(x)                                         # (B, C0, H, W)
-        for stage in self.down_blocks:
-            for layer in (*stage.resnets, *stage.downsamplers):
-                x = layer(x)                        # (B, C, H/2, W/2) after a downsampler
-        x = self.conv_norm_out(self.mid_block(x))                   # (B, C, h, w)
-        return self.conv_out(F.silu(x))                             # (B, 2*latent, h, w)
-
-class SD3Decoder(nn.Module):
-    """The reference: latents (B, latent, h, w) -> (B, 3, 8h, 8w). The encoder backwards, with one
-    residual block more in a stage."""
+class SD3Decoder(nn.Sequential):
+    """The reference: latents (B, latent, h, w) -> (B, 3, 8h, 8w)."""
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
-        W, last = cfg.widths[::-1], len(cfg.widths) - 1
-        self.conv_in = nn.Conv2d(cfg.latent, W[0], 3, padding=1)
+        W = cfg.widths[::-1]
+        self.conv_in = nn.Conv2d(cfg.latent, W[0], 3, padding=1)    # (B, C, h, w)
         self.mid_block = Middle(W[0], cfg)
-        self.up_blocks = nn.ModuleList()
-        for i, C in enumerate(W):
-            stage = nn.Module()
-            stage.resnets = resnets(W[max(i - 1, 0)], C, cfg.layers + 1, cfg.groups)
-            stage.upsamplers = nn.ModuleList([Upsample(C)] if i < last else [])
-            self.up_blocks.append(stage)
-        self.conv_norm_out = nn.GroupNorm(cfg.groups, W[-1], eps=1e-6)
+        self.up_blocks = stages(W, cfg.layers + 1, cfg.groups, "upsamplers", upsample)
+        self.conv_norm_out = nn.GroupNorm(cfg.groups, W[-1], eps=1e-6)  # (B, C0, H, W)
+        self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(W[-1], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))                         # (B, C, h, w)
-        for stage in self.up_blocks:
-            for layer in (*stage.resnets, *stage.upsamplers):
-                x = layer(x)                        # (B, C, 2h, 2w) after an upsampler
-        return self.conv_out(F.silu(self.conv_norm_out(x)))         # (B, 3, H, W)
 
 # ---------------------------------------------------------------------------- the tiny decoder
 def separable(C_in, C_out, bias):
@@ -173,18 +158,16 @@ class TinyBlock(nn.Module):
         return x + self.body(x)
 
 def tiny_decoder(cfg: AutoencoderConfig) -> nn.Sequential:
-    """Latents (B, 16, h, w) -> (B, 3, 8h, 8w). 1,378,848 parameters: biases on every depthwise
-    convolution, on the pointwise ones of the three upsamplers, and nowhere else (1,378,400 without
-    the upsamplers'). No published fact decides between the two."""
-    W, layers = cfg.tiny_widths, []
-    layers.append(separable(cfg.latent, W[0], bias=False))          # (B, C0, h, w)
+    """Latents (B, 16, h, w) -> (B, 3, 8h, 8w). 1,378,848 parameters; 1,378,400 without biases on
+    the upsamplers' pointwise convolutions. No published fact decides between the two."""
+    W = cfg.tiny_widths
+    layers = [separable(cfg.latent, W[0], bias=False)]              # (B, C0, h, w)
     for i, (C, n) in enumerate(zip(W, cfg.tiny_blocks)):
         layers += [TinyBlock(C, cfg.tiny_groups) for _ in range(n)]
         if i < len(W) - 1:                                          # (B, C', 2h, 2w)
             layers += [nn.Upsample(scale_factor=2), separable(C, W[i + 1], bias=True)]
     layers += [nn.GroupNorm(cfg.tiny_groups, W[-1]), nn.SiLU()]
-    layers.append(separable(W[-1], 3, bias=False))                  # (B, 3, H, W)
-    return nn.Sequential(*layers)
+    return nn.Sequential(*layers, separable(W[-1], 3, bias=False))  # (B, 3, H, W)
 
 # ---------------------------------------------------------------------------- the autoencoder
 class Autoencoder(nn.Module):
@@ -239,49 +222,30 @@ def encode_pictures(ae: Autoencoder, pictures, device):
     with autocast(device, use_bfloat16("auto", device)):
         return ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu()
 
-# ---------------------------------------------------------------------------- loading
 def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
     """From a checkpoint of ours, a directory with SD3's `vae` (or that itself), or a hub id; in
     fp32, frozen. UserError names what is missing or damaged."""
-    try:
-        folder = resolve(path)
-    except UserError:
-        if not re.fullmatch(r"(?!runs/|assets/)[\w-]+/[\w.-]+", str(path)):
-            raise
-        folder = path                                               # a hub id
-    get = ("`hf download stabilityai/stable-diffusion-3.5-large --include 'vae/*' --local-dir "
-           f"{path}` (gated) downloads SD3's, 0.17 GB")
-    folder = hub_folder(folder, "vae", get)
-    file = folder / "config.json"
-    if file.is_file() and '"AutoencoderKL"' in file.read_text(errors="replace"):
-        cfg, state = sd3_autoencoder_config(file), hub_tensors(folder)
-    else:
-        config, weights = load_checkpoint(folder)
-        if not config.get("autoencoder"):
-            raise UserError(f"{path} is no finished autoencoder (its config.json has no "
-                            "'autoencoder' table): one that is trained is in its run's final/")
-        cfg = fill(AutoencoderConfig(), config["autoencoder"], str(path))
-        state = weights["model"]
-    ae = load_into(Autoencoder(cfg), state, str(path))
-    return ae.float().to(device).eval().requires_grad_(False)
-
-def sd3_autoencoder_config(file: Path) -> AutoencoderConfig:
-    """From diffusers' config.json."""
-    try:
-        raw = json.loads(file.read_text())
-        return AutoencoderConfig(
+    hub_id = re.fullmatch(r"(?!runs/|assets/)[\w-]+/[\w.-]+", str(path))
+    if not hub_id or Path(path).exists():
+        path = resolve(path)
+    folder = hub_folder(path, "vae")
+    raw = read_description(folder)
+    if raw.get("_class_name") == "AutoencoderKL":
+        state = hub_tensors(folder)
+        cfg = AutoencoderConfig(
             latent=raw["latent_channels"], widths=raw["block_out_channels"],
             layers=raw["layers_per_block"], attention=raw.get("mid_block_add_attention", True),
             groups=raw["norm_num_groups"], scale=raw["scaling_factor"],
             shift=raw.get("shift_factor") or 0.0, decoder="sd3")
-    except (KeyError, ValueError) as e:
-        raise UserError(f"{file} is no whole config of an AutoencoderKL ({e!r}): download it "
-                        "again") from None
+    else:
+        if not raw.get("autoencoder"):
+            raise UserError(f"{path} is no finished autoencoder: that is in its run's final/")
+        cfg = fill(AutoencoderConfig(), raw["autoencoder"], str(path))
+        state = load_checkpoint(folder)[1]["model"]
+    ae = load_into(Autoencoder(cfg), state, str(path))
+    return ae.float().to(device).eval().requires_grad_(False)
 
 if __name__ == "__main__":
-    with friendly():
-        if len(sys.argv) > 1:
-            raise UserError("this prints sizes; `python train_decoder.py` trains the autoencoder")
-        for net in tiny_decoder, SD3Decoder, Encoder:
-            size = sum(p.numel() for p in net(AutoencoderConfig()).parameters())
-            print(f"{net.__name__:14}{size:12,} parameters")
+    for net in tiny_decoder, SD3Decoder, Encoder:
+        size = sum(p.numel() for p in net(AutoencoderConfig()).parameters())
+        print(f"{net.__name__:14}{size:12,} parameters")

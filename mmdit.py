@@ -7,18 +7,17 @@ is; small configs train from scratch on scenes (train.py, arch = "mmdit").
 B batch | C latent channels | H W latent rows, columns | p patch | h w = H/p, W/p | N = h * w
 L text tokens | M = N + L | D width | d width of a head
 """
-import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import hub_folder
+from checkpoint import check_fit, hub_folder, hub_tensors, read_description
 from common import UserError, attention, option
 
 @dataclass
@@ -32,8 +31,7 @@ class MMDiTConfig:
     context_dim: int = option(4096, low=1)      # of a text state: both CLIPs padded, T5-XXL
     pooled_dim: int = option(2048, low=1)       # of a text's one vector
     base: int = option(64, low=1)               # patches a side where a position's step is 1
-    position_max: int = option(192, low=1)      # side of the position table, of which small grids
-                                                # take the middle
+    position_max: int = option(192, low=1)      # side of the position table
     qk_norm: bool = True
     dual: list[int] = option([], low=0)         # blocks with a second attention, to the image alone
     checkpoint: bool = False                    # recompute activations in the backward pass
@@ -58,9 +56,6 @@ class HeadNorm(nn.Module):
         y = x.float()
         return (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6)).type_as(x) * self.weight
 
-def head_norm(cfg):
-    return HeadNorm(cfg.head_dim) if cfg.qk_norm else nn.Identity()
-
 class Modulation(nn.Module):
     """Shifts, scales and gates of a block from the condition: (B, D) -> n of (B, 1, D)."""
     def __init__(self, D, n):
@@ -71,18 +66,19 @@ class Modulation(nn.Module):
         return self.linear(F.silu(condition))[:, None].chunk(self.n, -1)
 
 class JointAttention(nn.Module):
-    """Attention of image tokens, jointly with text tokens where `text`. The last block
-    (text_out=False) answers to the image alone."""
+    """Attention of image tokens, jointly with text tokens where `text`. Without `text_out` (in the
+    last block) only the image gets an answer."""
     def __init__(self, cfg: MMDiTConfig, text=True, text_out=True):
         super().__init__()
         D = cfg.heads * cfg.head_dim
+        norm = HeadNorm if cfg.qk_norm else nn.Identity
         self.heads = cfg.heads
         self.to_q, self.to_k, self.to_v = (nn.Linear(D, D) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(D, D)])
-        self.norm_q, self.norm_k = head_norm(cfg), head_norm(cfg)
+        self.norm_q, self.norm_k = (norm(cfg.head_dim) for _ in range(2))
         if text:
             self.add_q_proj, self.add_k_proj, self.add_v_proj = (nn.Linear(D, D) for _ in range(3))
-            self.norm_added_q, self.norm_added_k = head_norm(cfg), head_norm(cfg)
+            self.norm_added_q, self.norm_added_k = (norm(cfg.head_dim) for _ in range(2))
             self.to_add_out = nn.Linear(D, D) if text_out else None
 
     def split(self, x):
@@ -104,15 +100,11 @@ class JointAttention(nn.Module):
         text = None if self.to_add_out is None else self.to_add_out(o[:, N:])
         return self.to_out[0](o[:, :N]), text
 
-class MLP(nn.Module):
-    def __init__(self, D):
-        super().__init__()
-        first = nn.Module()
-        first.proj = nn.Linear(D, 4 * D)
-        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(4 * D, D)])   # net.0.proj, net.2
-
-    def forward(self, x):
-        return self.net[2](F.gelu(self.net[0].proj(x), approximate="tanh"))
+def feed_forward(D):
+    """A Linear, GELU, a Linear; as in diffusers these are net.0.proj and net.2."""
+    first = nn.Sequential(OrderedDict(proj=nn.Linear(D, 4 * D), act=nn.GELU("tanh")))
+    net = nn.Sequential(first, nn.Identity(), nn.Linear(4 * D, D))
+    return nn.Sequential(OrderedDict(net=net))
 
 class JointBlock(nn.Module):
     def __init__(self, cfg: MMDiTConfig, dual: bool, last: bool):
@@ -124,9 +116,9 @@ class JointBlock(nn.Module):
         self.attn = JointAttention(cfg, text_out=not last)
         if dual:
             self.attn2 = JointAttention(cfg, text=False)
-        self.ff = MLP(D)
+        self.ff = feed_forward(D)
         if not last:
-            self.ff_context = MLP(D)
+            self.ff_context = feed_forward(D)
 
     def forward(self, x, context, condition, mask):
         """Image and text tokens (B, N, D), (B, L, D) -> the same; the last block gives no text."""
@@ -161,26 +153,24 @@ def position_table(D, side, base):
     columns, rows = axis[None].expand(side, -1, -1), axis[:, None].expand(-1, side, -1)
     return torch.cat([columns, rows], -1).reshape(1, side * side, D).float()
 
-def two_linears(D_in, D_out):
-    """An embedder under diffusers' names; condition() puts the SiLU between."""
-    embedder = nn.Module()
-    embedder.linear_1 = nn.Linear(D_in, D_out)
-    embedder.linear_2 = nn.Linear(D_out, D_out)
-    return embedder
+def embedder(D_in, D_out):
+    first, second = nn.Linear(D_in, D_out), nn.Linear(D_out, D_out)
+    return nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=second))
 
 # ---------------------------------------------------------------------------- the network
 class MMDiT(nn.Module):
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()
         cfg.check()
-        D, p, side = cfg.heads * cfg.head_dim, cfg.patch, cfg.position_max
-        self.cfg, self.grain, self.largest = cfg, p, p * side   # a side's factor, a side's limit
+        self.cfg = cfg
+        D, p = cfg.heads * cfg.head_dim, cfg.patch
+        table = position_table(D, cfg.position_max, cfg.base)
         self.pos_embed = nn.Module()
         self.pos_embed.proj = nn.Conv2d(cfg.in_channels, D, p, p)
-        self.pos_embed.register_buffer("pos_embed", position_table(D, side, cfg.base))
+        self.pos_embed.register_buffer("pos_embed", table)
         self.time_text_embed = nn.Module()
-        self.time_text_embed.timestep_embedder = two_linears(256, D)
-        self.time_text_embed.text_embedder = two_linears(cfg.pooled_dim, D)
+        self.time_text_embed.timestep_embedder = embedder(256, D)
+        self.time_text_embed.text_embedder = embedder(cfg.pooled_dim, D)
         self.context_embedder = nn.Linear(cfg.context_dim, D)
         self.transformer_blocks = nn.ModuleList(
             JointBlock(cfg, i in cfg.dual, i == cfg.layers - 1) for i in range(cfg.layers))
@@ -206,28 +196,19 @@ class MMDiT(nn.Module):
         steps = torch.arange(128, device=t.device, dtype=torch.float32)
         angle = 1000 * t.float()[:, None] * torch.exp(-math.log(10000) / 128 * steps)
         sinusoids = torch.cat([angle.cos(), angle.sin()], -1).to(pooled.dtype)  # (B, 256)
-        time, text = self.time_text_embed.timestep_embedder, self.time_text_embed.text_embedder
-        from_time = time.linear_2(F.silu(time.linear_1(sinusoids)))
-        return from_time + text.linear_2(F.silu(text.linear_1(pooled)))
-
-    def positions(self, h, w):
-        """The middle h x w of the position table: (1, N, D)."""
-        side = self.cfg.position_max
-        top, left = (side - h) // 2, (side - w) // 2
-        table = self.pos_embed.pos_embed.unflatten(1, (side, side))
-        return table[:, top:top + h, left:left + w].flatten(1, 2)
+        embed = self.time_text_embed
+        return embed.timestep_embedder(sinusoids) + embed.text_embedder(pooled)
 
     def forward(self, x, t, context, mask=None, features=(), pooled=None):
         """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states
         (B, L, context_dim), their mask (B, L), True for a real token (None: all are, as in SD3),
         pooled (B, pooled_dim; None: the mean of the real tokens' states) -> velocity (B, C, H, W).
-        With features, names out of block0 .., also {name: (B, D, h, w)}. ValueError where a side is
-        no multiple of the patch or larger than the position table."""
-        B, p, (H, W) = len(x), self.cfg.patch, x.shape[2:]
-        if H % p or W % p or max(H, W) > self.largest:
-            raise ValueError(f"latent height and width must be multiples of {p}, {self.largest} "
-                             f"at most, got {H}x{W}")
+        With features, names out of block0 .., also {name: (B, D, h, w)}."""
+        B, _, H, W = x.shape
+        p, side = self.cfg.patch, self.cfg.position_max
         h, w = H // p, W // p
+        if H % p or W % p or max(h, w) > side:
+            raise ValueError(f"latent sides must be multiples of {p} up to {p * side}, not {H}x{W}")
         if pooled is None:
             real = torch.ones_like(context[..., 0]) if mask is None else mask.to(context.dtype)
             pooled = (context * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
@@ -235,8 +216,10 @@ class MMDiT(nn.Module):
             mask = torch.cat([mask.new_ones(B, h * w), mask], 1)[:, None, None]     # (B, 1, 1, M)
         condition = self.condition(t, pooled)                               # (B, D)
         context = self.context_embedder(context)                            # (B, L, D)
-        positions = self.positions(h, w).to(x.dtype)    # fp32 under autocast, as residuals are
-        x = self.pos_embed.proj(x).flatten(2).transpose(1, 2) + positions   # (B, N, D)
+        top, left = (side - h) // 2, (side - w) // 2    # a small grid takes the table's middle
+        table = self.pos_embed.pos_embed.unflatten(1, (side, side))
+        positions = table[:, top:top + h, left:left + w].flatten(1, 2).to(x.dtype)  # (1, N, D)
+        x = self.pos_embed.proj(x).flatten(2).transpose(1, 2) + positions   # fp32 under autocast
         taps = {}
         for i, block in enumerate(self.transformer_blocks):
             if self.cfg.checkpoint and torch.is_grad_enabled():
@@ -253,41 +236,30 @@ class MMDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
-        """From a directory in the hub's layout, or a hub id (gated: log in first), frozen. Built on
-        the meta device from mapped files, so memory holds the weights once. UserError names what is
-        missing or damaged."""
+        """A frozen one from a directory in the hub's layout, or a hub id (gated: log in first).
+
+        Built on the meta device from mapped files, so memory holds the weights once. UserError
+        names what is missing or damaged."""
         folder = hub_folder(source, "transformer")
-        cfg = sd3_config(folder)
         with torch.device("meta"):
-            net = cls(cfg)
-        missing = set(net.state_dict())
-        for file in sorted(folder.glob("diffusion_pytorch_model*.safetensors")):
-            try:
-                with safe_open(file, framework="pt", device=str(device)) as f:
-                    ours = missing.intersection(f.keys())
-                    state = {key: f.get_tensor(key).to(dtype) for key in ours}
-                net.load_state_dict(state, strict=False, assign=True)
-            except (SafetensorError, RuntimeError) as e:
-                why = str(e).splitlines()[-1].strip()
-                raise UserError(f"{file} is damaged or does not fit its config ({why}): download "
-                                "it again") from None
-            missing -= ours
-        if missing:
-            raise UserError(f"{folder} lacks {len(missing)} tensors, '{sorted(missing)[0]}' first: "
-                            "the download is incomplete")
+            net = cls(sd3_config(folder))
+        state = {k: v.to(device, dtype) for k, v in hub_tensors(folder).items()}
+        shapes = [{k: v.shape for k, v in tensors.items()} for tensors in (net.state_dict(), state)]
+        check_fit(*shapes, str(folder))
+        net.load_state_dict(state, assign=True)
         return net.eval().requires_grad_(False)
 
 def sd3_config(folder: Path) -> MMDiTConfig:
     """From diffusers' config.json, in the folder or in its `transformer`."""
-    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-    try:
-        raw = json.loads((folder / "config.json").read_text())
-        return MMDiTConfig(
-            in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"],
-            heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
-            context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"],
-            base=raw["sample_size"] // raw["patch_size"], position_max=raw["pos_embed_max_size"],
-            qk_norm=raw.get("qk_norm") == "rms_norm",
-            dual=list(raw.get("dual_attention_layers") or []))
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(f"{folder} has no config.json of an SD3 transformer ({e!r})") from None
+    folder = hub_folder(folder, "transformer")
+    raw = read_description(folder)
+    kind = raw.get("_class_name")
+    if kind != "SD3Transformer2DModel":
+        raise UserError(f"{folder} holds a {kind}, not an SD3Transformer2DModel")
+    return MMDiTConfig(
+        in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"],
+        heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
+        context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"],
+        base=raw["sample_size"] // raw["patch_size"], position_max=raw["pos_embed_max_size"],
+        qk_norm=raw.get("qk_norm") == "rms_norm",
+        dual=list(raw.get("dual_attention_layers") or []))
