@@ -189,8 +189,7 @@ class Autoencoder(nn.Module):
         return self.encoder(images).chunk(2, 1)         # mean, log variance: (B, latent, h, w) each
 
     def encode(self, images):
-        """Pictures (B, 3, H, W) in [-1, 1] -> normalised latents (B, latent, h, w). ValueError
-        unless H and W are multiples of 8."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> normalised latents (B, latent, h, w)."""
         H, W = images.shape[2:]
         if H % 8 or W % 8:
             raise ValueError(f"picture height and width must be multiples of 8, got {H}x{W}")
@@ -237,11 +236,11 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
             layers=raw["layers_per_block"], attention=raw.get("mid_block_add_attention", True),
             groups=raw["norm_num_groups"], scale=raw["scaling_factor"],
             shift=raw.get("shift_factor") or 0.0, decoder="sd3")
-    else:
-        if not raw.get("autoencoder"):
-            raise UserError(f"{path} is no finished autoencoder: that is in its run's final/")
+    elif raw.get("autoencoder"):
         cfg = fill(AutoencoderConfig(), raw["autoencoder"], str(path))
         state = load_checkpoint(folder)[1]["model"]
+    else:
+        raise UserError(f"{path} is no finished autoencoder: that is in its run's final/")
     ae = load_into(Autoencoder(cfg), state, str(path))
     return ae.float().to(device).eval().requires_grad_(False)
 

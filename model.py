@@ -1,8 +1,7 @@
 """SnapGen's text-to-image UNet (arXiv 2412.09619, section 3.1), in plain PyTorch. And what is
 trained, TextToLatents: a UNet or an MMDiT, with its text encoder.
-
-SnapGen starts from SDXL's UNet and walks down a ladder of ablations until 2.6 B parameters are
-0.38 B. The rungs are in LADDER below, and `python model.py` prints what each of them costs.
+From SDXL's UNet of 2.6 B parameters a ladder of ablations, LADDER below, leads down to 0.38 B.
+`python model.py` prints what each rung costs.
 
 B batch | C channels | H W latent rows, columns | N = H * W image tokens | L text tokens
 D width of a head | G key/value heads (1 = multi-query attention) | R query heads that share one
@@ -20,11 +19,9 @@ from common import UserError, attention, fill, option
 from mmdit import MMDiT, MMDiTConfig
 from text import Text, TextConfig, TextEncoder, Tokens, load_encoders, load_vocabulary, on_device
 
-# ---------------------------------------------------------------------------- config
 @dataclass
 class UNetConfig:
-    """The defaults are the final model. Lists run over the stages, high resolution first, but
-    depth_up in the order of execution: lowest resolution first. Two stages or four work as well."""
+    """The final model. Lists run over the stages, high resolution first, but depth_up upwards."""
     in_channels: int = option(16, low=1)        # latent channels (SD3's autoencoder)
     widths: list[int] = option([256, 512, 896], low=1)
     context_dim: int = option(2304, low=1)      # of a text state: CLIP-L + CLIP-G, Gemma-2-2B
@@ -53,8 +50,7 @@ class UNetConfig:
             raise UserError("widths, depth_down, depth_up and self_attn need one entry per stage")
         unit = math.lcm(self.groups, self.head_dim * (self.kv_heads or 1))
         if any(C % unit for C in self.widths):
-            raise UserError(f"widths {self.widths} must be multiples of {unit}: of groups, and of "
-                            "head_dim times kv_heads")
+            raise UserError(f"widths {self.widths} must be multiples of {unit} (groups, heads)")
         if self.time_freqs % 2 or (self.rope and self.head_dim % 4):
             raise UserError("time_freqs must be even, and with rope head_dim a multiple of 4")
 
@@ -83,7 +79,7 @@ PRESETS["sdxl"] = replace(                          # SDXL without its pooled-te
     PRESETS["a"], in_channels=4, widths=[320, 640, 1280], context_dim=2048, depth_mid=10,
     depth_down=[0, 2, 10], depth_up=[10, 2, 0], time_freqs=320, time_dim=1280)
 
-# ---------------------------------------------------------------------------- residual block
+# ---------------------------------------------------------------------------- blocks
 def conv3x3(cfg, C_in, C_out, stride=1):
     """A 3x3 convolution, or its separable form: 9 C_in + C_in C_out weights, not 9 C_in C_out."""
     if not cfg.separable:
@@ -109,7 +105,6 @@ class ResBlock(nn.Module):
         h = self.conv2(self.act(self.norm2(h)))                 # (B, C_out, H, W)
         return self.shortcut(x) + h
 
-# ---------------------------------------------------------------------------- transformer
 class RMSNorm(nn.Module):
     def __init__(self, dim):
         super().__init__()
@@ -120,8 +115,7 @@ class RMSNorm(nn.Module):
         return (y * torch.rsqrt((y * y).mean(-1, keepdim=True) + 1e-6) * self.weight).type_as(x)
 
 def rope_table(H, W, D, base, device):
-    """cos and sin, (N, 1, D/2) each: half of a head's pairs of channels turn with the row, half
-    with the column. Cheap enough to build anew in each forward pass."""
+    """cos and sin, (N, 1, D/2) each: half of a head's pairs turn by the row, half by the column."""
     freqs = base ** -torch.linspace(0, 1, D // 4 + 1, device=device)[:-1]       # (D/4)
     rows = torch.arange(H, device=device)[:, None, None] * freqs                # (H, 1, D/4)
     cols = torch.arange(W, device=device)[None, :, None] * freqs                # (1, W, D/4)
@@ -136,7 +130,6 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, b * cos + a * sin], -1).type_as(x)     # (B, N, heads, D)
 
 class Attention(nn.Module):
-    """Self- or cross-attention with G key/value heads; G = 1 is multi-query attention."""
     def __init__(self, cfg, C, C_context):
         super().__init__()
         self.D = cfg.head_dim
@@ -229,7 +222,6 @@ class UNet(nn.Module):
         cfg.check()
         self.cfg, C, T = cfg, cfg.widths, cfg.time_dim
         last = len(C) - 1
-        self.grain, self.largest = 2 ** last, 0         # a side is a multiple of it; has no limit
         self.time = nn.Sequential(nn.Linear(cfg.time_freqs, T), nn.SiLU(), nn.Linear(T, T))
         self.conv_in = nn.Conv2d(cfg.in_channels, C[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
@@ -243,8 +235,8 @@ class UNet(nn.Module):
             for _ in range(cfg.res_down):
                 self.down[i].append(Layer(cfg, C_in, C[i], depth, cfg.self_attn[i]))
                 C_in = C[i]
-        mid = [Layer(cfg, C_in, C_in, depth, cfg.self_attn[last]) for depth in (cfg.depth_mid, 0)]
-        self.mid = nn.ModuleList(mid)
+        self.mid = nn.ModuleList(
+            Layer(cfg, C_in, C_in, depth, cfg.self_attn[last]) for depth in (cfg.depth_mid, 0))
         self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for i, depth in zip(range(last, -1, -1), cfg.depth_up, strict=True):
             stage = nn.ModuleList()
@@ -261,18 +253,11 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """All initialisation:
-        | weights                        | start         | why                                     |
-        |--------------------------------|---------------|-----------------------------------------|
-        | every convolution and linear   | normal, std   | keeps the variance                      |
-        |                                | fan_in**-0.5  |                                         |
-        | every bias                     | 0             |                                         |
-        | last layer of a residual block,| 0             | each branch starts as nothing, so depth |
-        |   attention, feed-forward      |               | costs no stability                      |
-        | a transformer's proj_out       | normal, not 0 | if 0 too, neither it nor the 0 outputs  |
-        |                                |               | before it would ever get a gradient     |
-        | final conv                     | 0             | v = 0, the mean: the best blind guess   |
-        | norms                          | 1 and 0       | PyTorch's default                       |
+        """
+        | convolutions, linears | normal, std fan_in**-0.5: the variance stays; biases 0           |
+        | last of each branch   | 0: a branch starts as nothing, so that depth costs no stability  |
+        | but a proj_out        | normal: if 0 too, no gradient would reach the zeros before it    |
+        | final convolution     | 0: v = 0, the mean, is the best blind guess                      |
         """
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.Linear)):
@@ -301,13 +286,12 @@ class UNet(nn.Module):
         return {block: block.cross_attn.keys_values(context) for block in blocks}
 
     def forward(self, x, t, context, mask=None, features=(), pooled=None):
-        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1 is noise), text states context
-        (B, L, context_dim) or their keys_values(), mask (B, L), True for a real token (None: all)
-        -> velocity (B, C, H, W); with features, names out of down0 .. mid up0 .., (velocity,
-        {name: (B, C, H, W)}). An MMDiT reads `pooled` too. ValueError: see `grain`."""
+        """Latents x (B, C, H, W), time t (B,) in [0, 1] (1: noise), text states (B, L, context_dim)
+        or their keys_values(), mask (B, L), True for a real token (None: all) -> velocity
+        (B, C, H, W). With features, names out of down0 .. mid up0 .., also {name: (B, C, H, W)}."""
         cfg, last, (H, W) = self.cfg, len(self.down) - 1, x.shape[2:]
-        if H % self.grain or W % self.grain:
-            raise ValueError(f"latent sides must be multiples of {self.grain}, got {H}x{W}")
+        if H % 2**last or W % 2**last:
+            raise ValueError(f"latent sides must be multiples of {2**last}, got {H}x{W}")
         temb = self.embed_time(t)                                               # (B, time_dim)
         mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, L)
         ropes = [rope_table(H >> i, W >> i, cfg.head_dim, cfg.rope, x.device)
@@ -354,9 +338,8 @@ def network_of(config: dict, where) -> UNetConfig | MMDiTConfig:
     return fill(MMDiTConfig() if mmdit else UNetConfig(), config[table], str(where))
 
 class TextToLatents(nn.Module):
-    """The denoiser and our text encoder; with a text.kind that is not "own" frozen encoders, which
-    are loaded once they are needed. A text.vocabulary of 0 becomes the vocabulary's size, in
-    `text_cfg` itself. UserError where the parts do not fit."""
+    """The denoiser and our text encoder, or where text.kind is not "own" frozen encoders, loaded
+    when needed. A text.vocabulary of 0 becomes the vocabulary's size, in `text_cfg` itself."""
     def __init__(self, cfg: UNetConfig | MMDiTConfig, text_cfg: TextConfig, vocabulary=None):
         super().__init__()
         own, width = text_cfg.kind == "own", text_cfg.width
@@ -386,7 +369,6 @@ class TextToLatents(nn.Module):
         return {"captions.tiktoken": self.vocabulary.data} if self.text else {}
 
     def forward(self, x, t, text: Tokens | Text, features=()):
-        """Latents x (B, C, H, W), times t (B,), tokens or text states -> the denoiser's output."""
         if isinstance(text, Tokens):
             text = self.text(text)
         return self.denoiser(x, t, text.emb, text.mask, features=features, pooled=text.pooled)
@@ -402,8 +384,8 @@ class TextToLatents(nn.Module):
         return Text(emb.float(), mask, None if pooled is None else pooled.float())
 
 def load_model(path, device="cpu", ema=True) -> tuple[TextToLatents, dict]:
-    """The averaged weights (raw ones where there is no average or ema is False) in fp32, frozen;
-    and config.json. UserError names what is missing, damaged, or of another vocabulary."""
+    """The averaged weights (raw where there are none, or without `ema`), in fp32, frozen; and
+    config.json. UserError names what is missing, damaged, or of another vocabulary."""
     folder = resolve(path)
     config, state = load_checkpoint(folder, ("model", "ema"))
     network = network_of(config, path)
