@@ -126,7 +126,6 @@ class Head(nn.Module):
 
 class Critic(nn.Module):
     """Heads on the features of a frozen denoiser, a distill.Teacher, through which gradients pass.
-
     The heads are trained and kept; a Teacher is no module, so that it is neither."""
 
     def __init__(self, cfg: AdvConfig, frozen: Teacher):
@@ -184,11 +183,9 @@ def r1_penalty(critic, x, t, text, real, sigma: float, g):
     squares = [(a - b).square().mean(1) for a, b in zip(near, real)]
     return torch.stack(squares).mean(0) / sigma**2
 
-# ---------------------------------------------------------------------------- distribution matching
 @torch.no_grad()
 def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
     """The gradient on G's prediction x0 (DMD2, eq. 3): (B, C, H, W).
-
     It is what the fake score's x0 is more than the guided real one's, over the latter's mean
     distance from x0; divided by C H W, as the gradient of a mean over places is."""
     x = noised(x0, t, g)
@@ -198,7 +195,6 @@ def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
     distance = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
     return (false - real) / distance / x0[0].numel()
 
-# ---------------------------------------------------------------------------- the players
 class Game:
     """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""
 

@@ -61,7 +61,6 @@ def read_state(root: Path, settings: dict) -> dict | None:
 # ---------------------------------------------------------------------------- writing
 def make_cache(cfg, teacher_text=None):
     """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache.
-
     Shard k is made by rank k % world, and is the same whoever makes it. teacher_text: the
     TextConfig of an SD3 teacher, whose states are added."""
     device, rank, world = setup(cfg.device)
@@ -252,7 +251,6 @@ def read_shard(root: Path, k: int) -> dict:
 
 def open_cache(cfg, ae, teacher_text, vocabulary):
     """(pictures to train on, pictures held out by a hash of their names, at least one).
-
     teacher_text: the states of these encoders (a TextConfig) are wanted too, or None."""
     root = Path(cfg.data.cache)
     state = read_state(root, cache_settings(cfg, ae))
@@ -291,7 +289,6 @@ def empty_caption(cfg, prefix: str = "") -> Text:
 
 class CachedPictures:
     """One side of the split, mapped from the cache.
-
     rows: {bucket: [(shard, row, caption), ..]}"""
 
     def __init__(self, cfg, rows: dict, vocabulary, teacher: bool = False):

@@ -74,7 +74,6 @@ def write_whole(path: Path, save):
 @contextlib.contextmanager
 def replacing(path, latest: bool = True):
     """Yields a temporary directory, which takes the place of `path` when the block ends.
-
     All or nothing: what was saved before stays until then. latest: the run's pointer then names it.
     UserError where the disk is full."""
     path = Path(path)
@@ -106,7 +105,6 @@ def replacing(path, latest: bool = True):
 
 def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, files=None):
     """Writes {name}.safetensors for each entry of `tensors`, and config.json, all or nothing.
-
     tensors: {name: {key: tensor}}; files: {file name: bytes}, further files of the checkpoint."""
     with replacing(path, latest) as folder:
         sums = {}
@@ -123,7 +121,6 @@ def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, file
 # ---------------------------------------------------------------------------- reading
 def resolve(path) -> Path:
     """A checkpoint's directory, or a run's (then the one that `latest` names).
-
     Relative to the working directory, else to the repository."""
     path = Path(path).expanduser()
     if not path.exists() and (ROOT / path).exists():
@@ -173,7 +170,6 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 
 def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
     """(config, {name: {key: tensor}}) for those `names` that are there; the first one must be.
-
     UserError where a file is missing, cut short or altered."""
     path = resolve(path)
     config = read_description(path)
@@ -186,7 +182,6 @@ def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
 
 def hub_folder(source, inside: str, get: str = "") -> Path:
     """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself.
-
     What is no directory is taken for a hub id, and downloaded. `get` is added to the error: what to
     download, how large it is, where to put it."""
     folder = Path(source).expanduser()
@@ -237,10 +232,8 @@ def load_into(module, state: dict, what: str):
     module.load_state_dict(state)
     return module
 
-# ---------------------------------------------------------------------------- runs
 class Run:
     """A training run that logs, saves, stops on SIGTERM and resumes where it was.
-
     cfg: has out, steps, log_every, eval_every. parts: modules, EMA and optimizers; each name is a
     file of the checkpoint. describe: further entries of config.json; files: {name: bytes}, further
     files of the checkpoint; shown: keys of the printed line, all scalars by default.

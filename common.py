@@ -50,7 +50,6 @@ def is_disk_full(e: Exception) -> bool:
 # ---------------------------------------------------------------------------- config
 def option(default, low=None, high=None, above=None, choices=None):
     """A dataclass field and its bounds: low and high inclusive, above exclusive; or its choices.
-
     In a list each entry is checked. Every number must be finite, with or without bounds."""
     allowed = {"low": low, "high": high, "above": above, "choices": choices}
     if isinstance(default, list):
@@ -59,7 +58,6 @@ def option(default, low=None, high=None, above=None, choices=None):
 
 def fill(obj, values: dict, where: str = "config", prefix: str = ""):
     """Sets the fields of a nested dataclass from a dict, and returns it.
-
     UserError names an unknown key and its nearest neighbour, a wrong type, or a value out of range.
     """
     if not isinstance(values, dict):
@@ -218,7 +216,6 @@ def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
 
 def use_bfloat16(amp: str, device: torch.device) -> bool:
     """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions.
-
     There it doubles the speed of training; on a CPU that only imitates it, it is many times slower.
     """
     if amp != "auto":
@@ -235,7 +232,6 @@ def autocast(device: torch.device, on: bool):
 
 def attention(q, k, v, mask=None):
     """scaled_dot_product_attention, in fp32 on a CPU even under autocast.
-
     Its backward pass in bfloat16 is nine times slower there."""
     sdpa = torch.nn.functional.scaled_dot_product_attention
     if q.device.type == "cpu":
@@ -245,7 +241,6 @@ def attention(q, k, v, mask=None):
 
 def keep_memory_mapped():
     """Tells glibc to keep freed memory, and PyTorch to ask for pages of 2 MiB.
-
     Otherwise big buffers go back to the system after every operation, and page faults dominate."""
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     with contextlib.suppress(OSError, AttributeError):

@@ -69,7 +69,6 @@ class Batch(NamedTuple):
 
 class Batches:
     """Batch number k of the whole run, a function of the seed and k.
-
     Rank r of w takes k = (step * accumulate + micro) * w + r. Scenes come in a new order each
     epoch, each in one of its wordings, the share drop_caption with the empty caption.
     cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches."""
@@ -118,7 +117,6 @@ def shuffled(n: int, *seed) -> np.ndarray:
 
 def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[int]]:
     """Global batch k -> its bucket, and places in that bucket. sizes: ((bucket, pictures), ..).
-
     Each bucket is an endless row of epochs, each in its own order, cut into whole batches: nothing
     is dropped or repeated. Before epoch e bucket b had floor(e n_b / batch) turns; those of an
     epoch come in an order drawn from (seed, epoch)."""

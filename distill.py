@@ -91,7 +91,6 @@ def teacher_text(cfg: DistillConfig) -> TextConfig | None:
 
 class Teacher:
     """A frozen denoiser in bfloat16 on CUDA, with its own text encoder or a cache's text states.
-
     It is no nn.Module, so that the objective that holds it neither trains it, nor saves it, nor
     exchanges its gradients."""
 
@@ -164,7 +163,6 @@ class Teacher:
 
     def read(self, batch: Batch, vocabulary=None) -> Text:
         """The batch's captions in this network's text states.
-
         SD3's live encoders get the captions that our tokens spell (in lower case, as we cut them).
         """
         if batch.teacher_text is not None and self.states:
@@ -198,7 +196,6 @@ def by_bin(x, t):
 
 class TaskWeight:
     """a_t: the density of the times that are drawn, over its maximum.
-
     They are logit-normal(mean, std), then shifted, which adds log(shift) to their logit."""
 
     def __init__(self, flow: FlowConfig):
@@ -274,7 +271,6 @@ class Distill(nn.Module):
 
     def scaled(self, task, losses, t):
         """(L per picture (B,), values for the log) from L_task and {name: L_x}, (B,) each.
-
         Not public, and chosen here: a_t is normalised by its maximum, the ratio is taken per
         picture, the squares are means over channels and places, and with both of the teacher's
         losses L_task counts twice, as the paper's sum has it."""

@@ -22,7 +22,6 @@ def rate(cfg, step: int) -> float:
     cosine = 0.5 * (1 + math.cos(math.pi * step / cfg.steps)) + 1e-4
     return min((step + 1) / cfg.warmup, cosine)
 
-# ---------------------------------------------------------------------------- Muon
 @functools.cache
 def muon_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it; imitated, it takes 20 times as long (LOG.md)."""
@@ -31,7 +30,6 @@ def muon_precision(device: torch.device) -> torch.dtype:
 @torch.no_grad()
 def orthogonalise(matrices: list) -> list:
     """Each matrix U S V^T becomes about U V^T, by five Newton-Schulz steps.
-
     The coefficients are Jordan's. Matrices of one shape go through together: on a GPU a small
     network would otherwise wait for the launches of many small products."""
     out = [None] * len(matrices)
@@ -74,7 +72,6 @@ def orthogonalise_shared(matrices: list) -> list:
 
 class Muon(torch.optim.Optimizer):
     """Muon with `muon_lr` for matrices, AdamW with `lr` for everything else.
-
     Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
     norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
     more decay (decoupled). Each group keeps its peak rate as group["peak"]."""
@@ -168,10 +165,8 @@ class Muon(torch.optim.Optimizer):
         for key, x in own.items():
             x.copy_(tensors[key])
 
-# ---------------------------------------------------------------------------- the average
 class EMA:
     """Exponential moving average of a module's parameters, in fp32 and without bias.
-
     After n updates it is sum_k decay^(n-k) w_k over the sum of these weights, as Adam's moments
     are corrected: the first update already gives w_1, and the window is min(n, 1 / (1 - decay))."""
 
@@ -216,10 +211,8 @@ class EMA:
         for name, p in self.source.items():
             p.copy_(values[name])
 
-# ---------------------------------------------------------------------------- one step
 class Learner:
     """A module and its optimizer: one clipped step, skipped where the gradient is not finite.
-
     Skips are counted on the device and read by trouble(), which the log calls when it is due."""
 
     def __init__(self, module: nn.Module, opt: Muon, clip: float, ema: EMA | None = None):
@@ -256,7 +249,6 @@ class Learner:
 
     def trouble(self) -> str:
         """What was skipped since the last call, in one line, or "".
-
         UserError after 20 steps in a row without a finite gradient."""
         skipped = int(self.skipped)
         if skipped == self.reported:

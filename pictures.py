@@ -80,7 +80,6 @@ def find_pictures(folder: str) -> list[Item]:
 
 def list_files(root: Path) -> tuple[dict[str, Place], list[Item]]:
     """({name: where it is}, tars that break off), without .git, a Mac's ._x.jpg and the like.
-
     Tars are not unpacked: their members are places in them."""
     files = {root.name: root}
     if root.is_dir():

@@ -83,7 +83,6 @@ def bin_means(rows: list[dict], name: str) -> list[tuple]:
 
 def scaling(run):
     """RUN/scaling.png: losses in bins of t over the last half of the run, before and after scaling.
-
     Prints the same numbers. UserError where the log is not that of a distillation.
     """
     rows = [row for row in read_log(Path(run) / "log.csv") if row.get("bin_task_scaled0")]

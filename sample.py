@@ -28,20 +28,16 @@ from model import load_model
 from plots import grid
 from text import Text, join_texts
 
-# ---------------------------------------------------------------------------- times
 def shift_time(t, s: float):
     """More time near the noise, for larger pictures (Esser et al. 2024, eq. 23); s = 1: none.
-
     SD3.5 takes 3 at 1024 px."""
     return s * t / (1 + (s - 1) * t)
 
 def times(steps: int, shift: float) -> list[float]:
     """1 -> 1/steps evenly, shifted, then 0.
-
     diffusers shifts its smallest time twice, which nearly wastes the last step."""
     return [shift_time(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
-# ---------------------------------------------------------------------------- samplers
 def euler(velocity, x, times):
     """One evaluation a step, first order."""
     for t, s in zip(times, times[1:]):
@@ -63,7 +59,6 @@ def log_snr(t: float) -> float:
 
 def dpmpp(velocity, x, times):
     """DPM-Solver++(2M) for alpha = 1 - t, sigma = t (Lu et al. 2022, algorithm 2).
-
     One evaluation a step, second order in the log signal-to-noise ratio. The first and the last
     step are of first order: there the ratio is 0 or infinite."""
     old = old_t = None
@@ -80,7 +75,6 @@ def dpmpp(velocity, x, times):
 
 def renoise(velocity, x, times, noise):
     """For few-step students: predict x0, noise it afresh to the next time.
-
     One evaluation a step; noise(k) is step k's (Song et al. 2023, algorithm 1)."""
     for k, (t, s) in enumerate(zip(times, times[1:])):
         x0 = x - t * velocity(x, t)
@@ -91,7 +85,6 @@ SAMPLERS = {"euler": euler, "heun": heun, "dpmpp": dpmpp, "renoise": renoise}
 
 def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> dict:
     """How a checkpoint is sampled, as keyword arguments of generate().
-
     What is asked for, else what config.json says under few_steps, else 28 guided steps. A student
     of K steps that is asked for fewer takes them at times that it was trained at."""
     few = config.get("few_steps") or {}
@@ -108,10 +101,8 @@ def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
         "sampler": sampler or few.get("sampler", "dpmpp"),
     }
 
-# ---------------------------------------------------------------------------- guidance
 def guided(net, text: Text, empty: Text | None, cfg: float, interval=(0.0, 1.0)):
     """velocity(x, t) with classifier-free guidance: v = v_empty + cfg (v_text - v_empty).
-
     Both halves go through the network in one batch. Outside the interval of t, or at cfg = 1, the
     text alone is asked, at half the cost (Kynkäänniemi et al. 2024). Texts are projected to keys
     and values once, not in each step."""
@@ -148,7 +139,6 @@ def repeated(text: Text, n: int) -> Text:
 def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmpp", shift=1.0,
              interval=(0.0, 1.0), batch=16, progress=False):
     """Captions and seeds, one of each a picture -> list of uint8 (H, W, 3).
-
     Without an autoencoder: list of latents. size: pixels, or (height, width); steps: a number, or
     the times themselves (then shift is not used)."""
     height, width = (size, size) if isinstance(size, int) else size

@@ -124,7 +124,6 @@ ATLAS_COLUMNS, ATLAS_CELL = 10, 256
 
 class Sprites:
     """Sprites by noun, recoloured and resized on demand.
-
     folder: transparent PNG or WebP files named by noun, instead of the atlas."""
 
     def __init__(self, folder: str = ""):
@@ -204,7 +203,6 @@ def recolour(image: Image.Image, rgb) -> Image.Image:
 # ---------------------------------------------------------------------------- scenes
 class Scenes:
     """scenes[i] -> (picture uint8 (size, size, 3), caption), for any i >= 0.
-
     split: train or test (see above); nouns: the first so many, 0 = all; layout: slots (objects in
     the middle of their cells) or free (anywhere within them)."""
 

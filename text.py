@@ -55,7 +55,6 @@ def join_texts(texts: list[Text]) -> Text:
 # ---------------------------------------------------------------------------- tokens
 class Vocabulary:
     """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
-
     data: the bytes of the file `source` in tiktoken's text format; pattern: cuts a caption into
     words."""
 
@@ -81,7 +80,6 @@ class Vocabulary:
 
     def tokenize(self, captions: list[str], max_tokens: int = 64, cut: bool = False) -> Tokens:
         """Captions -> ids and mask, padded to the longest.
-
         Each caption ends in <end>, so the empty one, the unconditional, is not nothing.
         UserError where a caption is longer than max_tokens; `cut` reads only its beginning."""
         rows = [self.ids_of(c) for c in captions]

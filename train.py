@@ -81,10 +81,8 @@ class TrainConfig:
     def network(self) -> UNetConfig | MMDiTConfig:
         return self.mmdit if self.arch == "mmdit" else self.model
 
-# ---------------------------------------------------------------------------- the flow
 def flow_loss(velocity, x0, eps, t):
     """Rectified flow: velocity(x_t, t) should be eps - x0 (docs/PAPER.md, section 4).
-
     Latents x0 and eps (B, C, H, W), t (B,) -> loss per picture (B,)."""
     a = t[:, None, None, None]
     v = velocity((1 - a) * x0 + a * eps, t)                 # (B, C, H, W)
@@ -92,7 +90,6 @@ def flow_loss(velocity, x0, eps, t):
 
 class FlowObjective(nn.Module):
     """What the loop minimises. Distillers write their own.
-
     An objective holds the network as `net`, and beside it whatever else is trained. forward gives
     the loss per picture (B,) and values for the log: numbers for its line, vectors for log.csv
     alone (nan: none in this batch)."""
@@ -113,7 +110,6 @@ def draw_times(cfg: FlowConfig, n: int, generator, device):
 # ---------------------------------------------------------------------------- data
 def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, states=None):
     """(autoencoder, training data, held-out data), for Batches and Validation.
-
     Data are latents of scenes, or both sides of the cache of your own pictures. states: a teacher's
     text encoders (a TextConfig), whose states that cache must hold too."""
     ae = load_autoencoder(cfg.ae, device)
@@ -138,7 +134,6 @@ def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
 
 class Validation:
     """Held-out loss on fixed pictures, noise and times, in 8 bins of t.
-
     Equal for all runs on the same data. The network is asked in parts of a training batch."""
 
     def __init__(self, cfg: TrainConfig, held_out, device, vocabulary):
