@@ -258,6 +258,8 @@ def train_decoder(cfg: DecoderConfig):
         print(f"{run.out}/final: shift {ae.cfg.shift}, scale {ae.cfg.scale}")
 
 def measure_decoder(path, out="recon.png", table=None):
+    for file in (out, table or out):        # folders are made now, not after the work
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
     ae = load_autoencoder(path)
     result = {"ckpt": path, **common.provenance(1), "psnr": {}}
     for size, n in ((64, 128), (128, 64), (256, 32)):

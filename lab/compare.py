@@ -58,11 +58,12 @@ def main(argv):
     p = argparse.ArgumentParser(prog="python -m lab.compare", description=__doc__.split("\n")[0])
     p.add_argument("checkpoints", nargs=2, metavar="DIR", help="each is sampled as it says")
     p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
-    p.add_argument("--out", default="compare.html")
+    p.add_argument("--out", type=Path, default="compare.html")
     args = p.parse_args(argv)
+    args.out.parent.mkdir(parents=True, exist_ok=True)      # now, not after all is drawn
     captions = held_out_captions(load_model(args.checkpoints[0])[1]["data"], 10)
     drawn = [draw_prompts(ckpt, captions, ae=args.ae) for ckpt in args.checkpoints]
-    Path(args.out).write_text(comparison_page(args.checkpoints, captions, *drawn))
+    args.out.write_text(comparison_page(args.checkpoints, captions, *drawn))
     print(f"{args.out}: {len(captions)} pairs; open it in a browser")
 
 if __name__ == "__main__":
