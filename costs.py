@@ -1,5 +1,4 @@
-"""What a network costs, and the features that it can give. Passes run on meta and fake tensors,
-where nothing is computed. lab/plan.py tells what a whole training takes."""
+"""What a network costs, and the features that it can give: by passes on meta and fake tensors."""
 import time
 
 import torch
@@ -10,6 +9,8 @@ from common import UserError
 from mmdit import JointBlock, MMDiTConfig
 from model import Layer, UNetConfig, make_network
 from text import TextConfig, TextEncoder, Tokens
+
+GiB = 2**30
 
 def dummy_inputs(network, batch: int, size: int, tokens: int) -> dict:
     """Arguments of a network's forward pass at `size` pixels, on the context's device."""
@@ -31,8 +32,7 @@ def forward_flops(network, size: int, tokens: int, text: TextConfig | None = Non
         inputs = dummy_inputs(network, 1, size, tokens)
         make_network(network)(**inputs)
         if text is not None and text.kind == "own":
-            ids = torch.empty(1, tokens, dtype=torch.long)
-            TextEncoder(text)(Tokens(ids, inputs["mask"]))
+            TextEncoder(text)(Tokens(torch.empty(1, tokens, dtype=torch.long), inputs["mask"]))
     return counter.get_total_flops()
 
 def training_flops(cfg) -> int:

@@ -220,8 +220,7 @@ class UNet(nn.Module):
     def __init__(self, cfg: UNetConfig):
         super().__init__()
         cfg.check()
-        self.cfg, C, T = cfg, cfg.widths, cfg.time_dim
-        last = len(C) - 1
+        self.cfg, C, T, last = cfg, cfg.widths, cfg.time_dim, len(cfg.widths) - 1
         self.time = nn.Sequential(nn.Linear(cfg.time_freqs, T), nn.SiLU(), nn.Linear(T, T))
         self.conv_in = nn.Conv2d(cfg.in_channels, C[0], 3, padding=1)
         self.down, self.downsample = nn.ModuleList(), nn.ModuleList()
@@ -253,7 +252,7 @@ class UNet(nn.Module):
 
     @torch.no_grad()
     def init_weights(self):
-        """
+        """All initialisation; norms keep PyTorch's.
         | convolutions, linears | normal, std fan_in**-0.5: the variance stays; biases 0           |
         | last of each branch   | 0: a branch starts as nothing, so that depth costs no stability  |
         | but a proj_out        | normal: if 0 too, no gradient would reach the zeros before it    |
@@ -311,8 +310,7 @@ class UNet(nn.Module):
             x = taps[f"down{i}"] = outs[-1]
 
         for layer in self.mid:
-            x = layer(x, temb, context, mask, ropes[last])
-        taps["mid"] = x
+            x = taps["mid"] = layer(x, temb, context, mask, ropes[last])
 
         for j, stage in enumerate(self.up):
             for layer in stage:
@@ -331,11 +329,11 @@ def make_network(cfg: UNetConfig | MMDiTConfig) -> UNet | MMDiT:
 
 def network_of(config: dict, where) -> UNetConfig | MMDiTConfig:
     """The network's config in a checkpoint's config.json; one without `arch` is a UNet's."""
-    mmdit = config.get("arch") == "mmdit"
-    table = "mmdit" if mmdit else "model"
+    table = "mmdit" if config.get("arch") == "mmdit" else "model"
     if table not in config or "text" not in config:
         raise UserError(f"{where} is no text-to-picture model: config.json lacks {table} or text")
-    return fill(MMDiTConfig() if mmdit else UNetConfig(), config[table], str(where))
+    own = MMDiTConfig() if table == "mmdit" else UNetConfig()
+    return fill(own, config[table], str(where))
 
 class TextToLatents(nn.Module):
     """The denoiser and our text encoder, or where text.kind is not "own" frozen encoders, loaded

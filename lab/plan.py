@@ -18,14 +18,12 @@ import torch.nn as nn
 from adv_distill import AdvConfig, Critic
 from checkpoint import read_description, resolve
 from common import UserError, fill, friendly, option, read_config, read_toml, use_bfloat16
-from costs import caption_tokens, forward_flops, kept_storages, tap_shape
+from costs import GiB, caption_tokens, forward_flops, kept_storages, tap_shape
 from distill import DistillConfig, teacher_network, teacher_tap
 from model import TextToLatents, count_params, make_network, network_of
 from optim import Muon
 from text import TextConfig
 from train import TrainConfig
-
-GiB = 2**30
 
 @dataclass
 class PlanConfig:
