@@ -199,10 +199,8 @@ class Game:
     """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""
 
     def __init__(self, cfg: AdvConfig, net, device, bfloat16: bool):
-        self.cfg = cfg
-        self.net = net
-        self.device = device
-        self.bfloat16 = bfloat16
+        self.cfg, self.net = cfg, net
+        self.device, self.bfloat16 = device, bfloat16
         self.teacher = Teacher(cfg, device)
         self.mixed = Distill(cfg, net, self.teacher)            # for S(L_task, L_kd)
         self.walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)   # (K,), from 1 down
@@ -405,10 +403,9 @@ def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation
                                   batch=cfg.batch))
         val = float(np.nanmean(validation(net, game.bfloat16)))     # how far it has left the flow
     net.train()
-    pictures = []
     with torch.inference_mode():
-        for part in x0.split(cfg.batch):
-            pictures += to_pictures(ae.decode(part))
+        images = torch.cat([ae.decode(part) for part in x0.split(cfg.batch)])
+    pictures = to_pictures(images)
     sheet = plots.grid(pictures, prompts, 6, max(1, 192 // cfg.data.size))
     sheet.save(run.out / f"samples_{run.step:07d}.png")
     h = latents_health(x0, held_out[:len(x0)].to(run.device), ae, cfg.batch)

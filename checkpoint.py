@@ -52,10 +52,8 @@ def sync(path: Path):
     if os.name == "nt" and path.is_dir():
         return                                              # Windows opens no directories
     fd = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    os.fsync(fd)
+    os.close(fd)
 
 def write_whole(path: Path, save):
     """Calls save(temporary path), then puts the file in place: all of it or nothing."""
@@ -128,9 +126,8 @@ def resolve(path) -> Path:
     pointer = path / "latest"
     if pointer.is_file():
         path = path / Path(pointer.read_text(errors="replace").strip()[:99]).name
-        old = path.with_name(path.name + ".old")
-        if not path.exists() and old.exists():
-            path = old                                      # killed between two renames of a save
+        if not path.exists():
+            path = path.with_name(path.name + ".old")       # killed between two renames of a save
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and "
                         "model.safetensors")
@@ -241,20 +238,15 @@ class Run:
     nothing that is finished is replaced by less."""
 
     def __init__(self, cfg, device, rank=0, world=1, describe=None, files=None, shown=(), **parts):
-        self.cfg = cfg
-        self.device = device
+        self.cfg, self.device, self.world = cfg, device, world
         self.main = rank == 0
-        self.world = world
         self.describe = {**asdict(cfg), "stage": type(cfg).__name__, **(describe or {})}
         self.files = files or {}
         self.shown = shown
         self.parts = parts
         self.out = Path(cfg.out)
-        self.step = 0
         self.stop = False
-        if (self.out / "latest").exists():
-            self.resume()
-        self.start = self.step
+        self.start = self.step = self.resume() if (self.out / "latest").exists() else 0
         # rows after the checkpoint's step are about to be repeated
         old = read_log(self.out / "log.csv") if self.start else []
         self.rows = [row for row in old if int(row["step"]) <= self.start]
@@ -265,7 +257,8 @@ class Run:
         if self.main:
             self.out.mkdir(parents=True, exist_ok=True)
 
-    def resume(self):
+    def resume(self) -> int:
+        """Loads all parts; returns the steps that are done."""
         config, state = load_checkpoint(self.out, list(self.parts))
         where = f"{self.out} (resume)"
         if config.get("stage") != self.describe["stage"]:
@@ -285,7 +278,7 @@ class Run:
                 load_into(part, state[name], where)
             if isinstance(part, EMA):
                 part.count.fill_(config["ema_steps"])
-        self.step = config["step"]
+        return config["step"]
 
     def steps(self):
         """Yields the number of each step, from 0, until cfg.steps or SIGTERM."""
@@ -329,8 +322,7 @@ class Run:
         self.row(**row)
         if self.main:
             self.print_line(row, [*(self.shown or scalars), "img/s", "mfu", "mem"])
-        for learner in learners:
-            trouble = learner.trouble()
+        for trouble in [learner.trouble() for learner in learners]:
             if trouble and self.main:
                 print(f"step {self.step}: {trouble}", flush=True)
         self.seen.clear()

@@ -43,8 +43,7 @@ def friendly():
         if dist.is_initialized():
             dist.destroy_process_group()
 
-def is_disk_full(e: Exception) -> bool:
-    """safetensors gives no errno, only the words."""
+def is_disk_full(e: BaseException) -> bool:
     return any(s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
 
 # ---------------------------------------------------------------------------- config
@@ -111,20 +110,19 @@ def check_config(cfg, where: str = "config"):
     for value in vars(cfg).values():
         if dataclasses.is_dataclass(value):
             check_config(value, where)
-    try:
-        if hasattr(cfg, "check"):
+    if hasattr(cfg, "check"):
+        try:
             cfg.check()
-    except UserError as e:
-        raise UserError(f"{where}: {e}") from None
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from None
     return cfg
 
 def read_config(cfg, argv: list[str], default: str | None = None):
     """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`."""
     argv, path = list(argv), default
     if argv and argv[0] in ("-h", "--help"):
-        print(f"usage: python {Path(sys.argv[0]).name} [--config FILE.toml] [key=value ...]\n")
-        print("keys and their defaults:\n" + json.dumps(dataclasses.asdict(cfg), indent=1))
-        sys.exit(0)
+        print("usage: [--config FILE.toml] [key=value ...]\n\nkeys and their defaults:")
+        sys.exit(print(json.dumps(dataclasses.asdict(cfg), indent=1)))
     if argv and argv[0] == "--config":
         if len(argv) < 2:
             raise UserError("--config wants a file, such as --config configs/nano.toml")
@@ -207,11 +205,9 @@ def anywhere(flag: bool, world: int) -> bool:
     return any(flags)
 
 def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
-    """The mean of a tensor over the processes."""
-    if world == 1:
-        return x
-    x = x.clone()
-    dist.all_reduce(x)
+    """The mean of a tensor over the processes; x itself is overwritten."""
+    if world > 1:
+        dist.all_reduce(x)
     return x / world
 
 def use_bfloat16(amp: str, device: torch.device) -> bool:
@@ -252,10 +248,9 @@ def peak_memory(device: torch.device) -> float:
     """GiB: CUDA's allocator, or the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    try:
-        import resource  # not on Windows
-    except ImportError:
+    if sys.platform == "win32":
         return float("nan")
+    import resource  # not on Windows
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
@@ -299,11 +294,8 @@ def short(key: str, value) -> str:
     """A value as the log line shows it."""
     if not isinstance(value, float):
         return str(value)
-    if key == "lr":
-        return f"{value:.1e}"
-    if "loss" in key:
-        return f"{value:.4f}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.2f}"
+    digits = {"lr": ".1e", "loss": ".4f"}.get(key, ".0f" if value >= 100 else ".3f")
+    return f"{value:{digits}}"
 
 def duration(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)

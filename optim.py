@@ -216,10 +216,8 @@ class Learner:
     Skips are counted on the device and read by trouble(), which the log calls when it is due."""
 
     def __init__(self, module: nn.Module, opt: Muon, clip: float, ema: EMA | None = None):
-        self.module = module
-        self.opt = opt
+        self.module, self.opt, self.ema = module, opt, ema
         self.clip = clip
-        self.ema = ema
         self.names = []                                         # of parameters with a gradient
         device = next(module.parameters()).device
         self.skipped = torch.zeros((), dtype=torch.long, device=device)

@@ -277,13 +277,10 @@ def report_progress(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, p
 
 def save_gif(out):
     """samples.gif from all sample grids; the last one is shown longer."""
-    frames = []
-    for path in sorted(out.glob("samples_*.png")):
-        frames.append(Image.open(path).convert("RGB"))
+    frames = [Image.open(path).convert("RGB") for path in sorted(out.glob("samples_*.png"))]
     if frames:
-        frames += frames[-1:] * 4
-        frames[0].save(out / "samples.gif", save_all=True, append_images=frames[1:], duration=500,
-                       loop=0)
+        frames[0].save(out / "samples.gif", save_all=True, duration=500, loop=0,
+                       append_images=frames[1:] + frames[-1:] * 4)
 
 def main(argv):
     make = "--cache" in argv
