@@ -240,7 +240,8 @@ class Run:
     def __init__(self, cfg, device, rank=0, world=1, describe=None, files=None, shown=(), **parts):
         self.cfg, self.device, self.world = cfg, device, world
         self.main = rank == 0
-        self.describe = {**asdict(cfg), "stage": type(cfg).__name__, **(describe or {})}
+        stage = type(cfg).__name__.removesuffix("Config").lower()
+        self.describe = {**asdict(cfg), "stage": stage, **(describe or {})}
         self.files = files or {}
         self.shown = shown
         self.parts = parts
@@ -262,7 +263,8 @@ class Run:
         config, state = load_checkpoint(self.out, list(self.parts))
         where = f"{self.out} (resume)"
         if config.get("stage") != self.describe["stage"]:
-            raise UserError(f"{self.out} is a run of {config.get('stage')}: give another out=")
+            raise UserError(f"{self.out} is a run of stage '{config.get('stage')}', not of "
+                            f"'{self.describe['stage']}': give another out=")
         if config["step"] > self.cfg.steps:
             raise UserError(f"{self.out} has {config['step']} steps done, steps={self.cfg.steps} "
                             "asks for fewer: it is left as it is; ask for more, or give another "

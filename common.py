@@ -120,15 +120,18 @@ def check_config(cfg, where: str = "config"):
 def read_config(cfg, argv: list[str], default: str | None = None):
     """`--config FILE key=value table.key=value ...` over the dataclass instance `cfg`."""
     argv, path = list(argv), default
-    if argv and argv[0] in ("-h", "--help"):
-        print("usage: [--config FILE.toml] [key=value ...]\n\nkeys and their defaults:")
-        sys.exit(print(json.dumps(dataclasses.asdict(cfg), indent=1)))
-    if argv and argv[0] == "--config":
-        if len(argv) < 2:
+    if "--config" in argv:
+        i = argv.index("--config")
+        path = (argv + [""])[i + 1]
+        del argv[i:i + 2]
+        if not path:
             raise UserError("--config wants a file, such as --config configs/nano.toml")
-        path, argv = argv[1], argv[2:]
     if path:
         fill(cfg, read_toml(path), str(path))
+    if {"-h", "--help"} & set(argv):
+        print(f"usage: [--config FILE.toml] [key=value ...]\n\nkeys, with the values of {path}; "
+              "comments are at the dataclasses:")
+        sys.exit(print(json.dumps(dataclasses.asdict(cfg), indent=1)))
     for argument in argv:
         fill(cfg, parse_override(cfg, argument), "command line")
     return check_config(cfg, str(path or "command line"))
@@ -150,8 +153,8 @@ def parse_override(cfg, argument: str) -> dict:
     """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
-        raise UserError(f"what is '{argument}'? Overrides are written key=value, such as lr=1e-3 "
-                        "or model.depth_mid=2")
+        raise UserError(f"what is '{argument}'? Keys are written key=value, such as lr=1e-3 or "
+                        "model.depth_mid=2, files --config FILE")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

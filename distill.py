@@ -50,6 +50,11 @@ class DistillConfig(TrainConfig):
     scaling: str = option("timestep", choices=("timestep", "constant"))     # constant: `alpha`
     alpha: float = option(0.5, low=0, high=1)
     ratio: str = option("sample", choices=("sample", "none"))   # |L_task| / |L_x| of a picture; 1
+    # adv_distill.py inherits these keys, but calls `scaled` alone: AdvConfig.check refuses the rest
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.kd or self.featkd
 
 # ---------------------------------------------------------------------------- the teacher
 def find_teacher(name: str) -> tuple[str, Path | str]:
@@ -225,7 +230,7 @@ class Distill(nn.Module):
         self.weight = TaskWeight(cfg.flow)
         self.teacher = teacher
         note = ""
-        if cfg.kd or cfg.featkd:
+        if cfg.needs_teacher:
             self.teacher = teacher or Teacher(cfg, net.device)
             self.teacher.check_words(net)
             theirs = self.teacher.denoiser.cfg.in_channels
@@ -247,7 +252,7 @@ class Distill(nn.Module):
     def forward(self, batch: Batch, eps, t):
         cfg = self.cfg
         taps = (cfg.student_tap,) if cfg.featkd else ()
-        seen = {}
+        seen = {}       # flow_loss makes x_t and asks the student: kept here for the teacher
 
         def student(x, t):
             out = self.net(x, t, batch.text, features=taps)
@@ -257,23 +262,24 @@ class Distill(nn.Module):
 
         task = flow_loss(student, batch.x0, eps, t)             # (B,)
         losses = {}
-        if cfg.kd or cfg.featkd:
+        if cfg.needs_teacher:
             text = self.teacher.read(batch, self.net.vocabulary)
             wanted = (self.teacher.tap,) if cfg.featkd else ()
-            v_T, features = self.teacher(seen["x"], t, text, features=wanted)
+            v_T, taps_T = self.teacher(seen["x"], t, text, features=wanted)
         if cfg.kd:
             losses["kd"] = (v_T.float() - seen["v"].float()).square().mean((1, 2, 3))
         if cfg.featkd:
             f = self.projector(seen[cfg.student_tap]).float()   # (B, D, h, w)
-            f_T = resized(features[self.teacher.tap].float(), f.shape[2:])
+            f_T = resized(taps_T[self.teacher.tap].float(), f.shape[2:])
             losses["feat"] = (f_T - f).square().mean((1, 2, 3))
         return self.scaled(task, losses, t)
 
     def scaled(self, task, losses, t):
         """(L per picture (B,), values for the log) from L_task and {name: L_x}, (B,) each.
         Not public, and chosen here: a_t is normalised by its maximum, the ratio is taken per
-        picture, the squares are means over channels and places, and with both of the teacher's
-        losses L_task counts twice, as the paper's sum has it."""
+        picture, the squares are means over channels and places, and L_task counts once for each of
+        the teacher's losses, as the paper's sum has it. So with ratio = "sample" L is that many
+        times L_task in value, whatever the teacher says: watch `kd` and `feat`."""
         constant = torch.full_like(task, self.cfg.alpha)
         a = self.weight(t) if self.cfg.scaling == "timestep" else constant
         values = {"bin_task": by_bin(task.detach(), t)}

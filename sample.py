@@ -34,8 +34,8 @@ def shift_time(t, s: float):
     return s * t / (1 + (s - 1) * t)
 
 def times(steps: int, shift: float) -> list[float]:
-    """1 -> 1/steps evenly, shifted, then 0.
-    diffusers shifts its smallest time twice, which nearly wastes the last step."""
+    """The schedule: 1 -> 1/steps evenly, shifted, then 0. adv_distill.py trains at these times; a
+    checkpoint keeps only their number and shift, so a change here moves old few-step weights."""
     return [shift_time(1 - i / steps, shift) for i in range(steps)] + [0.0]
 
 def euler(velocity, x, times):
@@ -91,12 +91,13 @@ def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
     K = few.get("steps", 28)
     n = steps or K
     shift = shift or few.get("shift") or config["flow"]["shift"]
-    walk = times(n, shift)
-    if few and n <= K:
+    if few and n <= K:                      # 3 steps of 4: the trained times 0, 1, 2 of 0 1 2 3
         trained = times(K, shift)
-        walk = [trained[i * K // n] for i in range(n)] + [0.0]
+        chosen = [trained[i * K // n] for i in range(n)] + [0.0]
+    else:
+        chosen = times(n, shift)
     return {
-        "steps": walk,
+        "steps": chosen,
         "cfg": few.get("cfg", 4.0) if cfg is None else cfg,
         "sampler": sampler or few.get("sampler", "dpmpp"),
     }
@@ -143,7 +144,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
     the times themselves (then shift is not used)."""
     height, width = (size, size) if isinstance(size, int) else size
     shape = (net.denoiser.cfg.in_channels, height // 8, width // 8)
-    walk = times(steps, shift) if isinstance(steps, int) else steps
+    schedule = times(steps, shift) if isinstance(steps, int) else steps
     pictures = []
     with tqdm(total=len(captions), unit="picture", disable=not progress) as bar:
         for i in range(0, len(captions), batch):
@@ -155,7 +156,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
             extra = {}
             if sampler == "renoise":
                 extra["noise"] = fresh_noise(own, shape, net.device)
-            latents = SAMPLERS[sampler](velocity, x, walk, **extra)
+            latents = SAMPLERS[sampler](velocity, x, schedule, **extra)
             pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
             bar.update(len(own))
     return pictures
@@ -198,7 +199,8 @@ def check_request(a):
     if not all(math.isfinite(v) for v in numbers):
         raise UserError("--cfg, --shift and --interval must be finite numbers")
     if a.shift < 0 or a.interval[0] > a.interval[1]:
-        raise UserError("--shift wants more than 0, --interval its smaller time first")
+        raise UserError("--shift wants 0 (as in training) or more, --interval its smaller "
+                        "time first")
     if a.base and a.ckpt:
         raise UserError(f"--base is assets/scenes: leave it or --ckpt {a.ckpt} out")
     out = Path(a.out).expanduser()
@@ -251,7 +253,8 @@ def main(argv):
         sheet = grid(pictures, captions, columns, max(1, 256 // height))
     sheet.save(out)
     print(f"{out}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each "
-          f"({len(how['steps']) - 1} steps, {how['sampler']}, cfg {how['cfg']:g})")
+          f"({how['sampler']}, guidance {how['cfg']:g}, {len(how['steps']) - 1} steps at t = "
+          f"{' '.join(f'{t:.2f}' for t in how['steps'][:-1])})")
 
 if __name__ == "__main__":
     with friendly():

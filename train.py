@@ -71,7 +71,7 @@ class TrainConfig:
     val_pictures: int = option(256, low=1, high=100000)
     samples: int = option(24, low=1)        # pictures of a sample grid
     sample_steps: int = option(20, low=1)
-    cfg: float = option(4.0, low=0)         # guidance of the sample grids
+    guidance: float = option(4.0, low=0)    # of the sample grids
     compile: bool = False
     amp: str = option("auto", choices=("auto", "bfloat16", "float32"))
     seed: int = option(0, low=0)
@@ -264,7 +264,7 @@ def report_progress(cfg: TrainConfig, run: Run, net, ema: EMA, ae, validation, p
         with ema.swapped():
             bins = validation(net, bfloat16)
             pictures = generate(net, ae, prompts, range(len(prompts)), cfg.data.size,
-                                cfg.sample_steps, cfg.cfg, shift=cfg.flow.shift,
+                                cfg.sample_steps, cfg.guidance, shift=cfg.flow.shift,
                                 batch=max(1, cfg.batch // 2))       # guidance doubles the batch
     net.train()
     sheet = plots.grid(pictures, prompts, 6, max(1, 192 // cfg.data.size))

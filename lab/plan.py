@@ -94,7 +94,7 @@ def plan_train(p: Planner, cfg: TrainConfig):
 
 def plan_distill(p: Planner, cfg: DistillConfig):
     plan_train(p, cfg)
-    if cfg.kd or cfg.featkd:
+    if cfg.needs_teacher:
         teacher = teacher_network(cfg.teacher)
         p.frozen("teacher", teacher)
         p.flops += (1 + (cfg.teacher_cfg != 1)) * p.work(teacher)
