@@ -112,7 +112,6 @@ def teacher_velocity(teacher, x, t, text: Text, steps: int):
 class Head(nn.Module):
     """Features (B, D, h, w) and a condition (B, W), which enters as a projection (Miyato and Koyama
     2018) -> a logit for each place (B, h w)."""
-
     def __init__(self, D, W):
         super().__init__()
         self.body = nn.Sequential(nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(),
@@ -127,7 +126,6 @@ class Head(nn.Module):
 class Critic(nn.Module):
     """Heads on the features of a frozen denoiser, a distill.Teacher, through which gradients pass.
     The heads are trained and kept; a Teacher is no module, so that it is neither."""
-
     def __init__(self, cfg: AdvConfig, frozen: Teacher):
         super().__init__()
         network = frozen.denoiser.cfg
@@ -197,7 +195,6 @@ def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
 
 class Game:
     """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""
-
     def __init__(self, cfg: AdvConfig, net, device, bfloat16: bool):
         self.cfg, self.net = cfg, net
         self.device, self.bfloat16 = device, bfloat16

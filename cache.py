@@ -290,7 +290,6 @@ def empty_caption(cfg, prefix: str = "") -> Text:
 class CachedPictures:
     """One side of the split, mapped from the cache.
     rows: {bucket: [(shard, row, caption), ..]}"""
-
     def __init__(self, cfg, rows: dict, vocabulary, teacher: bool = False):
         self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), rows
         self.vocabulary = vocabulary

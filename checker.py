@@ -67,7 +67,6 @@ def load_checker(path="assets/checker", device="cpu") -> Checker:
     net = load_into(Checker(), state["model"], f"{path} as a checker (`python checker.py`)")
     return net.float().to(device).eval().requires_grad_(False)
 
-# ------------------------------------------------------------------------- training
 @dataclass
 class CheckerConfig:
     out: str = "runs/checker"
@@ -173,7 +172,6 @@ def train_checker(cfg: CheckerConfig):
             run.restart_clock()
     run.finish({**net.state_dict(), **ema.state_dict()})            # buffers are not averaged
 
-# ------------------------------------------------------------------------- what it sees
 @dataclass
 class Seen:
     noun: str

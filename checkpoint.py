@@ -39,7 +39,6 @@ from optim import EMA, Muon
 
 VERSION = "0.2.0"
 
-# ---------------------------------------------------------------------------- writing
 def crc32(path: Path) -> int:
     value = 0
     with open(path, "rb") as f:
@@ -116,7 +115,6 @@ def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, file
         text = json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1)
         write_whole(folder / "config.json", lambda file: file.write_text(text))
 
-# ---------------------------------------------------------------------------- reading
 def resolve(path) -> Path:
     """A checkpoint's directory, or a run's (then the one that `latest` names).
     Relative to the working directory, else to the repository."""
@@ -236,7 +234,6 @@ class Run:
     files of the checkpoint; shown: keys of the printed line, all scalars by default.
     UserError where cfg.out holds a run of another stage, or one with more steps than cfg.steps:
     nothing that is finished is replaced by less."""
-
     def __init__(self, cfg, device, rank=0, world=1, describe=None, files=None, shown=(), **parts):
         self.cfg, self.device, self.world = cfg, device, world
         self.main = rank == 0

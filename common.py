@@ -24,7 +24,6 @@ ASSETS = ROOT / "assets"
 # ---------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Bad input. The message says in one line what is wrong and how to mend it."""
-
 @contextlib.contextmanager
 def friendly():
     """Wraps every main(): an error that a user can mend ends in one line and exit status 1."""

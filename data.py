@@ -72,7 +72,6 @@ class Batches:
     Rank r of w takes k = (step * accumulate + micro) * w + r. Scenes come in a new order each
     epoch, each in one of its wordings, the share drop_caption with the empty caption.
     cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches."""
-
     def __init__(self, cfg, latents, device, vocabulary: Vocabulary):
         if len(latents) < cfg.batch:
             raise UserError(f"{len(latents)} pictures, less than one batch={cfg.batch}: lower it")

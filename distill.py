@@ -56,7 +56,6 @@ class DistillConfig(TrainConfig):
     def needs_teacher(self) -> bool:
         return self.kd or self.featkd
 
-# ---------------------------------------------------------------------------- the teacher
 def find_teacher(name: str) -> tuple[str, Path | str]:
     """("ours", folder), ("sd3", folder) or ("hub", id)."""
     try:
@@ -98,7 +97,6 @@ class Teacher:
     """A frozen denoiser in bfloat16 on CUDA, with its own text encoder or a cache's text states.
     It is no nn.Module, so that the objective that holds it neither trains it, nor saves it, nor
     exchanges its gradients."""
-
     def __init__(self, cfg: DistillConfig, device):
         kind, where = find_teacher(cfg.teacher)
         self.guidance = cfg.teacher_cfg
@@ -192,7 +190,6 @@ class Teacher:
             v = v_empty + self.guidance * (v - v_empty)
         return v, taps
 
-# ---------------------------------------------------------------------------- the objective
 def by_bin(x, t):
     """Means of x (B,) over 8 bins of t: (8,), nan where a bin is empty."""
     member = F.one_hot((t * 8).long().clamp(0, 7), 8).float()       # (B, 8)
@@ -202,7 +199,6 @@ def by_bin(x, t):
 class TaskWeight:
     """a_t: the density of the times that are drawn, over its maximum.
     They are logit-normal(mean, std), then shifted, which adds log(shift) to their logit."""
-
     def __init__(self, flow: FlowConfig):
         self.mean = flow.mean + np.log(flow.shift)
         self.std = flow.std
@@ -222,7 +218,6 @@ class TaskWeight:
 
 class Distill(nn.Module):
     """An objective of train.py: the student as `net`, and the projector."""
-
     def __init__(self, cfg: DistillConfig, net: TextToLatents, teacher: Teacher | None = None):
         super().__init__()
         self.net = net

@@ -45,7 +45,6 @@ class MMDiTConfig:
 # SD3.5-Medium; SD3-Medium has no dual, no qk_norm, and a position_max of 192
 MEDIUM = dict(layers=24, heads=24, position_max=384, dual=list(range(13)))
 
-# ---------------------------------------------------------------------------- parts of a block
 class HeadNorm(nn.Module):
     """RMSNorm of queries and keys, rounded as diffusers rounds it: before the gain."""
     def __init__(self, d):
@@ -157,7 +156,6 @@ def embedder(D_in, D_out):
     first, second = nn.Linear(D_in, D_out), nn.Linear(D_out, D_out)
     return nn.Sequential(OrderedDict(linear_1=first, act=nn.SiLU(), linear_2=second))
 
-# ---------------------------------------------------------------------------- the network
 class MMDiT(nn.Module):
     def __init__(self, cfg: MMDiTConfig):
         super().__init__()

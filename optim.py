@@ -75,7 +75,6 @@ class Muon(torch.optim.Optimizer):
     Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
     norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
     more decay (decoupled). Each group keeps its peak rate as group["peak"]."""
-
     def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99)):
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         params = {"muon": [], "decay": [], "rest": []}
@@ -169,7 +168,6 @@ class EMA:
     """Exponential moving average of a module's parameters, in fp32 and without bias.
     After n updates it is sum_k decay^(n-k) w_k over the sum of these weights, as Adam's moments
     are corrected: the first update already gives w_1, and the window is min(n, 1 / (1 - decay))."""
-
     def __init__(self, module: nn.Module, decay: float):
         self.decay = decay
         self.source = dict(module.named_parameters())
@@ -214,7 +212,6 @@ class EMA:
 class Learner:
     """A module and its optimizer: one clipped step, skipped where the gradient is not finite.
     Skips are counted on the device and read by trouble(), which the log calls when it is due."""
-
     def __init__(self, module: nn.Module, opt: Muon, clip: float, ema: EMA | None = None):
         self.module, self.opt, self.ema = module, opt, ema
         self.clip = clip

@@ -50,8 +50,6 @@ class Item(NamedTuple):
 
 class Unusable(Exception):
     """A picture that is skipped; the message says why."""
-
-# ---------------------------------------------------------------------------- listing
 def find_pictures(folder: str) -> list[Item]:
     """Everything in a folder and the folders in it, or in one tar, in order of the names."""
     root = Path(folder).expanduser()
@@ -153,7 +151,6 @@ def caption_of(item: Item) -> str:
         raise Unusable("no caption")
     return caption
 
-# ---------------------------------------------------------------------------- buckets
 @functools.lru_cache
 def buckets(size: int, step: int, ratio: float) -> list[tuple[int, int]]:
     """(height, width) in pixels: multiples of `step` whose area is nearest to size^2, with sides
@@ -211,7 +208,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 class Prepared(torch.utils.data.Dataset):
     """Item -> (picture uint8 (H, W, 3), caption), or (None, why it cannot be used)."""
-
     def __init__(self, items: list[Item], cfg: DataConfig):
         self.items, self.cfg = items, cfg
 

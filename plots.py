@@ -29,7 +29,6 @@ def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image
             draw.text((x, y + h + line * n), text, fill=(40, 40, 40))
     return sheet
 
-# ------------------------------------------------------------------------- charts
 class Line(NamedTuple):
     label: str
     colour: str

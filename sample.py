@@ -126,7 +126,6 @@ def guided(net, text: Text, empty: Text | None, cfg: float, interval=(0.0, 1.0))
         return v_empty + cfg * (v - v_empty)
     return velocity
 
-# ---------------------------------------------------------------------------- text to picture
 def latents_noise(seeds, shape, device):
     """(B, C, H, W), one seed a picture: a picture is the same in any batch, on any device."""
     parts = [torch.randn(shape, generator=torch.Generator().manual_seed(s % 2**63)) for s in seeds]
@@ -167,7 +166,6 @@ def fresh_noise(seeds, shape, device):
         return latents_noise([s + ((k + 1) << 40) for s in seeds], shape, device)
     return noise
 
-# ---------------------------------------------------------------------------- command line
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("prompts", nargs="+", help="what to draw, one picture or more for each")

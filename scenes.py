@@ -125,7 +125,6 @@ ATLAS_COLUMNS, ATLAS_CELL = 10, 256
 class Sprites:
     """Sprites by noun, recoloured and resized on demand.
     folder: transparent PNG or WebP files named by noun, instead of the atlas."""
-
     def __init__(self, folder: str = ""):
         self.folder = folder
         self.images = read_sprites(folder) if folder else read_atlas()
@@ -205,7 +204,6 @@ class Scenes:
     """scenes[i] -> (picture uint8 (size, size, 3), caption), for any i >= 0.
     split: train or test (see above); nouns: the first so many, 0 = all; layout: slots (objects in
     the middle of their cells) or free (anywhere within them)."""
-
     def __init__(self, size: int = 64, split: str = "train", seed: int = 0, nouns: int = 0,
                  layout: str = "slots", atlas: str = ""):
         self.size, self.split, self.seed, self.layout = size, split, seed, layout

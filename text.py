@@ -57,7 +57,6 @@ class Vocabulary:
     """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
     data: the bytes of the file `source` in tiktoken's text format; pattern: cuts a caption into
     words."""
-
     def __init__(self, data: bytes, pattern: str = PATTERN, source="the vocabulary"):
         try:
             lines = [line.split() for line in data.decode().splitlines()]
@@ -176,7 +175,6 @@ class TextBlock(nn.Module):
 
 class TextEncoder(nn.Module):
     """Tokens -> Text with emb (B, L, width). Bidirectional, pre-norm, learned positions."""
-
     def __init__(self, cfg: TextConfig):
         super().__init__()
         cfg.vocabulary = cfg.vocabulary or load_vocabulary(pattern=cfg.pattern).size
@@ -234,7 +232,6 @@ def parts_of(cfg: TextConfig, clips=(768, 1280)) -> dict:
 
 class Encoders:
     """Frozen encoders. `release()` frees their memory."""
-
     def __init__(self, cfg: TextConfig, device):
         self.cfg, self.device = cfg, torch.device(device)
         exact = cfg.dtype == "float32" or (cfg.dtype == "auto" and self.device.type == "cpu")

@@ -107,7 +107,6 @@ def draw_times(cfg: FlowConfig, n: int, generator, device):
     normal = torch.randn(n, generator=generator, device=device)
     return shift_time(torch.sigmoid(cfg.mean + cfg.std * normal), cfg.shift)
 
-# ---------------------------------------------------------------------------- data
 def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, states=None):
     """(autoencoder, training data, held-out data), for Batches and Validation.
     Data are latents of scenes, or both sides of the cache of your own pictures. states: a teacher's
@@ -135,7 +134,6 @@ def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
 class Validation:
     """Held-out loss on fixed pictures, noise and times, in 8 bins of t.
     Equal for all runs on the same data. The network is asked in parts of a training batch."""
-
     def __init__(self, cfg: TrainConfig, held_out, device, vocabulary):
         if cfg.data.folder:
             groups = held_out.groups(cfg.val_pictures)      # [(x0, text)], one for each bucket
@@ -172,7 +170,6 @@ class Validation:
         means = [losses[bins == b].mean().item() for b in range(8)]
         return np.array(means)
 
-# ---------------------------------------------------------------------------- the loop
 def train(cfg: TrainConfig, make_objective=FlowObjective):
     """The whole training: builds or resumes, loops, evaluates, writes final/."""
     device, rank, world = setup(cfg.device)
