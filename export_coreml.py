@@ -229,7 +229,7 @@ def load_source(a) -> Source:
                   "an app brings them; no pictures are compared")
         if ae.cfg.decoder != "tiny":
             raise UserError(f"{a.ae} has SD3's decoder: only the tiny one is exported")
-    grain = 8 * source.unet.grain
+    grain = 8 * 2 ** (len(source.unet.cfg.widths) - 1)
     if source.size % grain or source.size < grain:
         raise UserError(f"--size {source.size}: this UNet draws multiples of {grain} pixels")
     return source
