@@ -10,8 +10,7 @@ again to a random t', through the features of a frozen denoiser and small traina
 Sauer et al. 2024). L_kd asks G for the guided teacher's velocity, which is how guidance gets in.
 method = "dmd": instead of D, or beside it ("both"), a second score network learns what G makes, and
 G moves along the difference of the two scores (DMD2, Yin et al. 2024).
-In the run's directory: log.csv, health.png, samples_*.png, checkpoint/, and at the end final/,
-whose config.json tells sample.py how to draw (few_steps).
+The run's health.png and log.csv show how it goes; final/ tells sample.py how to draw (few_steps).
 
 B batch | C H W latents | D channels of a tap | h w its grid | N places | W width of a head
 """
@@ -73,8 +72,7 @@ class AdvConfig(DistillConfig):
 
     def check(self):
         if self.featkd or self.accumulate != 1:
-            raise UserError("featkd and accumulate are distill.py's: leave them out here (a larger "
-                            "batch serves for accumulate)")
+            raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
 
 # ---------------------------------------------------------------------------- the generator
 def noised(x0, t, g):
@@ -134,9 +132,8 @@ class Critic(nn.Module):
         self.taps = tuple(cfg.critic_taps or tap_names(network))
         widths = [tap_shape(network, tap, cfg.data.size)[0] for tap in self.taps]
         self.heads = nn.ModuleList(Head(D, W) for D in widths)
-        # t' and the text's mean state
-        self.embed = nn.Sequential(nn.Linear(32 + network.context_dim, W), nn.SiLU(),
-                                   nn.Linear(W, W))
+        first = nn.Linear(32 + network.context_dim, W)      # of t' and the text's mean state
+        self.embed = nn.Sequential(first, nn.SiLU(), nn.Linear(W, W))
 
     def forward(self, x, t, text: Text):
         """Noised latents (B, C, H, W) -> a list of each head's logits (B, N)."""
@@ -156,9 +153,8 @@ class Critic(nn.Module):
 
 # what D minimises on real and on fake logits, and what G minimises
 FORMS = {
-    # the minimax game itself: log D(x) + log(1 - D(x~))
+    # the minimax game itself: log D(x) + log(1 - D(x~)); then G maximises log D(x~) instead
     "paper": (lambda r: F.softplus(-r), F.softplus, lambda f: -F.softplus(f)),
-    # the same D; G maximises log D(x~)
     "nonsaturating": (lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f)),
     "hinge": (lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f),
 }
@@ -175,7 +171,6 @@ def generator_loss(kind, fake):
 
 def r1_penalty(critic, x, t, text, real, sigma: float, g):
     """E |D(x + sigma n) - D(x)|^2 / sigma^2, about the squared gradient of a logit: (B,).
-
     Approximate R1 (Lin et al. 2025): no second derivative through the features."""
     near = critic(x + sigma * torch.randn(x.shape, generator=g, device=x.device), t, text)
     squares = [(a - b).square().mean(1) for a, b in zip(near, real)]
@@ -344,7 +339,6 @@ SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generato
 
 def distil(cfg: AdvConfig):
     device, rank, world = setup(cfg.device)
-    bfloat16 = use_bfloat16(cfg.amp, device)
     net, student = load_model(cfg.init, device)
     own = {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}
     fill(cfg, own, cfg.init)
@@ -352,10 +346,8 @@ def distil(cfg: AdvConfig):
     cfg.shift = cfg.shift or cfg.flow.shift
     net.requires_grad_(True).train()
     torch.manual_seed(cfg.seed)
-    game = Game(cfg, net, device, bfloat16)
-
-    ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary,
-                                      game.teacher.states)
+    game = Game(cfg, net, device, use_bfloat16(cfg.amp, device))
+    ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary, game.teacher.states)
     batches = Batches(cfg, latents, device, net.vocabulary)
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)
@@ -387,8 +379,7 @@ def distil(cfg: AdvConfig):
 
     final = {**net.state_dict(), **game.ema.state_dict()}
     if run.finish(final) and rank == 0:
-        print(f"done: {run.out}/final, samples_{run.step:07d}.png, health.png; try "
-              f"`python sample.py \"a red car\" --ckpt {run.out}`")
+        print(f"done: {run.out}/final; try `python sample.py \"a red car\" --ckpt {run.out}`")
 
 def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation, prompts, few):
     """The averaged student in K steps: its grid, its health, its flow loss."""
@@ -402,8 +393,7 @@ def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation
     net.train()
     with torch.inference_mode():
         images = torch.cat([ae.decode(part) for part in x0.split(cfg.batch)])
-    pictures = to_pictures(images)
-    sheet = plots.grid(pictures, prompts, 6, max(1, 192 // cfg.data.size))
+    sheet = plots.grid(to_pictures(images), prompts, 6, max(1, 192 // cfg.data.size))
     sheet.save(run.out / f"samples_{run.step:07d}.png")
     h = latents_health(x0, held_out[:len(x0)].to(run.device), ae, cfg.batch)
     run.row(val=val, **{f"sample_{k}": v for k, v in h.items()})

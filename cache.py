@@ -67,9 +67,7 @@ def make_cache(cfg, teacher_text=None):
     d, root = cfg.data, Path(cfg.data.cache)
     if not d.folder:
         raise UserError("data.folder is not set: set it to your pictures")
-    grain = 8 * 2 ** (len(cfg.model.widths) - 1)
-    if cfg.arch == "mmdit":
-        grain = 8 * cfg.mmdit.patch
+    grain = 8 * (cfg.mmdit.patch if cfg.arch == "mmdit" else 2 ** (len(cfg.model.widths) - 1))
     if d.bucket_step % grain:
         raise UserError(f"data.bucket_step={d.bucket_step}: the network wants multiples of {grain}")
     items = find_pictures(d.folder)
@@ -165,18 +163,15 @@ def write_shard(path: Path, rows, ae, encode, device):
 @torch.inference_mode()
 def text_tensors(encode, captions, prefix: str = "") -> dict[str, torch.Tensor]:
     """Text states on the CPU in fp16, cut where no caption has a token any more."""
-    texts = []
-    for i in range(0, len(captions), CAPTIONS):
-        texts.append(on_device(encode(list(captions[i:i + CAPTIONS])), "cpu"))
-    emb, mask, pooled = join_texts(texts)
+    parts = [list(captions[i:i + CAPTIONS]) for i in range(0, len(captions), CAPTIONS)]
+    emb, mask, pooled = join_texts([on_device(encode(part), "cpu") for part in parts])
     L = int(mask.any(0).nonzero().max()) + 1
     out = {f"{prefix}emb": emb[:, :L].half().contiguous(),
            f"{prefix}mask": mask[:, :L].contiguous()}
     if pooled is not None:
         out[f"{prefix}pooled"] = pooled.half()
     if not all(torch.isfinite(x).all() for x in out.values()):
-        raise UserError("a text encoder's states are not finite in fp16: run it in float32 or "
-                        "bfloat16, or scale them")
+        raise UserError("a text encoder's states are not finite in fp16: try text.dtype=float32")
     return out
 
 def add_teacher_states(root: Path, cfg, device, rank: int, world: int, shards: int):
@@ -187,7 +182,6 @@ def add_teacher_states(root: Path, cfg, device, rank: int, world: int, shards: i
     todo = [path for path in files if note_of(path, "states") != states_key(cfg, files[path])]
     if not todo:
         return
-
     encoders = load_encoders(cfg, device)
 
     def encode(captions):
@@ -223,19 +217,16 @@ def finish(cfg, state: dict):
         raise UserError(f"none of the {len(skipped)} pictures of '{cfg.data.folder}' can be used; "
                         f"{path} says why, the first: {': '.join(skipped[0])}")
     write_state(root, {**state, "done": True})
-    listed = "none skipped"
-    if skipped:
-        reasons = Counter(why.split(":")[0] for _, why in skipped).most_common()
-        why = ", ".join(f"{n} {reason}" for reason, n in reasons)
-        listed = f"{len(skipped)} skipped ({why}), listed in {path}"
+    reasons = Counter(why.split(":")[0] for _, why in skipped).most_common()
+    why = ", ".join(f"{n} {reason}" for reason, n in reasons)
+    listed = f"{len(skipped)} skipped ({why}), listed in {path}" if skipped else "none skipped"
     print(f"{root}: {len(captions)} pictures, {listed}")
     print("buckets, height x width: " + ", ".join(f"{key} {n}" for key, n in sorted(sizes.items())))
     if cfg.text.kind == "own":
         ids_of, most = load_vocabulary(pattern=cfg.text.pattern).ids_of, cfg.text.max_tokens
         long = sum(len(ids_of(caption)) > most for caption in captions)
         if long:
-            print(f"{long} captions have more than text.max_tokens={most} tokens: their ends are "
-                  "not read")
+            print(f"{long} captions are over text.max_tokens={most}: their ends are not read")
 
 # ---------------------------------------------------------------------------- reading
 @functools.lru_cache(256)
@@ -255,8 +246,7 @@ def open_cache(cfg, ae, teacher_text, vocabulary):
     root = Path(cfg.data.cache)
     state = read_state(root, cache_settings(cfg, ae))
     if not state or not state["done"]:
-        raise UserError(f"the cache {root} is not there or not whole: run the same command with "
-                        "--cache first")
+        raise UserError(f"the cache {root} is not whole: run the same command with --cache first")
     rows, lacking = [], 0
     for k in range(state["shards"]):
         buckets = read_shard(root, k)["buckets"]
@@ -268,9 +258,8 @@ def open_cache(cfg, ae, teacher_text, vocabulary):
                 digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()
                 rows.append((int(digest[:8], 16), bucket, (k, i, caption)))
     if lacking:
-        raise UserError(f"the cache {root} lacks the teacher's text states of {lacking} of "
-                        f"{state['shards']} shards, or has those of other encoders: run the same "
-                        "command with --cache, which adds them and encodes no picture again")
+        raise UserError(f"{root} lacks the teacher's text states of {lacking} of {state['shards']} "
+                        "shards, or has those of other encoders: run it again with --cache")
     limit = max(cfg.data.held_out * 2**32, min(rows)[0] + 1)
     train, held_out = defaultdict(list), defaultdict(list)
     for number, bucket, row in rows:
@@ -319,8 +308,7 @@ class CachedPictures:
         return torch.cat([self.part(k, i, bucket) for k, i, _ in rows]).float()     # (B, C, h, w)
 
     def words(self, bucket: str, rows, drop=()):
-        """Tokens, or Text of frozen encoders, of these rows' captions; the empty caption's for
-        those rows that `drop` has True for."""
+        """Tokens, or frozen encoders' Text, of rows; the empty caption's where `drop` is True."""
         drop = drop or [False] * len(rows)
         if not self.empty:
             captions = ["" if d else c for d, (_, _, c) in zip(drop, rows, strict=True)]
@@ -338,8 +326,7 @@ class CachedPictures:
         return join_texts(texts)
 
     def encode(self, captions: list[str]) -> Text:
-        """In place of frozen encoders, for the sample grids: the cached states of captions that
-        are in here, or of the empty one."""
+        """In place of frozen encoders, for sample grids: states of the captions that are here."""
         where = {row[2]: (bucket, row) for bucket, row in self.flat}
         texts = []
         for caption in captions:
@@ -348,8 +335,7 @@ class CachedPictures:
         return join_texts(texts)
 
     def groups(self, n: int) -> list[tuple]:
-        """n pictures for validation, (latents, words) bucket by bucket; where there are fewer, each
-        several times."""
+        """n pictures for validation, (latents, words) of each bucket; too few come repeatedly."""
         rows = sorted(self.flat, key=lambda r: r[0])
         by_bucket = defaultdict(list)
         for k in range(n):

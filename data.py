@@ -1,7 +1,6 @@
 """What training reads: latents of scenes and their captions on disk, and batches of them.
 
     python data.py --show out.png           a sheet of scenes with their captions
-    python data.py --speed                  scenes/s on one core
     python data.py --export DIR 200 [192]   scenes as a folder of your own pictures, ten spoilt
     python data.py --build-atlas DIR        packs the sprites (once; DIR is an unpacked
                                             `npm pack @lobehub/fluent-emoji-3d@1.1.0`, MIT)
@@ -14,7 +13,6 @@ import hashlib
 import json
 import random
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +55,6 @@ class DataConfig:
             raise UserError(f"data.size={self.size} must be a multiple of {step} pixels, and "
                             "data.bucket_step one of 8")
 
-# ---------------------------------------------------------------------------- batches
 class Batch(NamedTuple):
     x0: torch.Tensor                    # (B, C, H/8, W/8) latents
     text: Tokens | Text                 # what the network reads; pooled only for an MMDiT
@@ -135,7 +132,6 @@ def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[i
     places = range(first, first + batch)
     return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in places]
 
-# ---------------------------------------------------------------------------- scenes on disk
 WORDINGS = 8                    # of each scene's caption
 
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
@@ -202,7 +198,6 @@ def autoencoder_fingerprint(ae) -> str:
         sha.update(x.float().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
 
-# ---------------------------------------------------------------------------- command line
 def build_atlas(folder):
     sheet = Image.new("RGBA", (ATLAS_COLUMNS * ATLAS_CELL, atlas_cell(len(NOUNS) - 1)[3]))
     for k, code in enumerate(NOUNS.values()):
@@ -244,28 +239,16 @@ def spoil(picture: Path, way: int):
     else:
         Image.open(picture).resize((40, 30)).save(picture)
 
-def print_speed(n: int = 2000):
-    for size in (64, 128, 256):
-        scenes = Scenes(size, "train")
-        begin = time.time()
-        for i in range(n):
-            scenes[i]
-        print(f"{size} px: {n / (time.time() - begin):.0f} scenes/s on one core")
-
 def main(argv):
     match argv:
-        case ["--speed"]:
-            print_speed()
         case ["--build-atlas", folder]:
             build_atlas(folder)
         case ["--show", path]:
             scenes = Scenes(128, "train"), Scenes(128, "test")
             pictures, captions = zip(*(scenes[k % 2][k] for k in range(48)))
             grid(pictures, captions, 8).save(path)
-        case ["--export", folder, n] if n.isdigit():
-            export_pictures(folder, int(n))
-        case ["--export", folder, n, size] if n.isdigit() and size.isdigit():
-            export_pictures(folder, int(n), int(size))
+        case ["--export", folder, n, *size] if n.isdigit() and len(size) < 2:
+            export_pictures(folder, int(n), *map(int, size))
         case _:
             print(__doc__)
 

@@ -16,14 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import (
-    hub_folder,
-    hub_tensors,
-    load_checkpoint,
-    load_into,
-    read_description,
-    resolve,
-)
+import checkpoint
 from common import UserError, attention, autocast, fill, option, use_bfloat16
 
 @dataclass
@@ -48,7 +41,6 @@ class AutoencoderConfig:
             if any(C % groups for C in getattr(self, key)):
                 raise UserError(f"{key} {getattr(self, key)} are not multiples of {groups} groups")
 
-# ---------------------------------------------------------------------------- SD3's networks
 def named(**layers):
     """One after the other, under diffusers' names."""
     return nn.Sequential(OrderedDict(layers))
@@ -136,7 +128,6 @@ class SD3Decoder(nn.Sequential):
         self.act = nn.SiLU()
         self.conv_out = nn.Conv2d(W[-1], 3, 3, padding=1)
 
-# ---------------------------------------------------------------------------- the tiny decoder
 def separable(C_in, C_out, bias):
     depthwise = nn.Conv2d(C_in, C_in, 3, padding=1, groups=C_in)
     return nn.Sequential(depthwise, nn.Conv2d(C_in, C_out, 1, bias=bias))
@@ -169,7 +160,6 @@ def tiny_decoder(cfg: AutoencoderConfig) -> nn.Sequential:
     layers += [nn.GroupNorm(cfg.tiny_groups, W[-1]), nn.SiLU()]
     return nn.Sequential(*layers, separable(W[-1], 3, bias=False))  # (B, 3, H, W)
 
-# ---------------------------------------------------------------------------- the autoencoder
 class Autoencoder(nn.Module):
     def __init__(self, cfg: AutoencoderConfig):
         super().__init__()
@@ -179,8 +169,7 @@ class Autoencoder(nn.Module):
         self.decoder = SD3Decoder(cfg) if cfg.decoder == "sd3" else tiny_decoder(cfg)
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m.weight.any():         # but not a block's zeros
-                # Unit gain. PyTorch's default shrinks the signal by 3 at each convolution: colour
-                # was then learned minutes after brightness
+                # unit gain: by PyTorch's default, a third, colour comes long after brightness
                 nn.init.normal_(m.weight, std=m.weight[0].numel() ** -0.5)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
@@ -202,7 +191,6 @@ class Autoencoder(nn.Module):
             z = z.contiguous(memory_format=torch.channels_last)
         return self.decoder(z)
 
-# ---------------------------------------------------------------------------- pictures and latents
 def to_tensor(pictures):
     """uint8 (B, H, W, 3), of numpy or torch -> float (B, 3, H, W) in [-1, 1]."""
     if isinstance(pictures, np.ndarray):
@@ -222,15 +210,14 @@ def encode_pictures(ae: Autoencoder, pictures, device):
         return ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu()
 
 def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
-    """From a checkpoint of ours, a directory with SD3's `vae` (or that itself), or a hub id; in
-    fp32, frozen. UserError names what is missing or damaged."""
+    """From our checkpoint, a directory with SD3's `vae` (or that), or a hub id; fp32, frozen."""
     hub_id = re.fullmatch(r"(?!runs/|assets/)[\w-]+/[\w.-]+", str(path))
     if not hub_id or Path(path).exists():
-        path = resolve(path)
-    folder = hub_folder(path, "vae")
-    raw = read_description(folder)
+        path = checkpoint.resolve(path)
+    folder = checkpoint.hub_folder(path, "vae")
+    raw = checkpoint.read_description(folder)
     if raw.get("_class_name") == "AutoencoderKL":
-        state = hub_tensors(folder)
+        state = checkpoint.hub_tensors(folder)
         cfg = AutoencoderConfig(
             latent=raw["latent_channels"], widths=raw["block_out_channels"],
             layers=raw["layers_per_block"], attention=raw.get("mid_block_add_attention", True),
@@ -238,10 +225,10 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
             shift=raw.get("shift_factor") or 0.0, decoder="sd3")
     elif raw.get("autoencoder"):
         cfg = fill(AutoencoderConfig(), raw["autoencoder"], str(path))
-        state = load_checkpoint(folder)[1]["model"]
+        state = checkpoint.load_checkpoint(folder)[1]["model"]
     else:
         raise UserError(f"{path} is no finished autoencoder: that is in its run's final/")
-    ae = load_into(Autoencoder(cfg), state, str(path))
+    ae = checkpoint.load_into(Autoencoder(cfg), state, str(path))
     return ae.float().to(device).eval().requires_grad_(False)
 
 if __name__ == "__main__":

@@ -68,7 +68,6 @@ def text_part(net) -> Part:
     L, pad = net.text_cfg.max_tokens, net.vocabulary.pad
     ids = net.vocabulary.tokenize([PROMPTS[2], ""], L, cut=True).ids
     ids = F.pad(ids, (0, L - ids.shape[1]), value=pad).float()                  # (2, L)
-    cases = [{"input_ids": row[None]} for row in ids]
 
     def train(input_ids):
         tokens = Tokens(input_ids.long(), input_ids != pad)
@@ -76,7 +75,7 @@ def text_part(net) -> Part:
         return torch.cat([net.text(tokens).emb, bias], 2)                       # (1, L, D+1)
     return Part("TextEncoder", "last_hidden_state",
                 "Token ids, padded -> text states (L, D), and as last channel the mask",
-                ane.AneTextEncoder(net.text).eval(), train, cases)
+                ane.AneTextEncoder(net.text).eval(), train, [{"input_ids": i[None]} for i in ids])
 
 def unet_case(x, t: float, states) -> dict:
     return {"sample": x, "timestep": torch.tensor([1000 * t]), "encoder_hidden_states": states}
@@ -225,8 +224,7 @@ def load_source(a) -> Source:
         source = Source(net, net.unet, ae, config, size, net.text_cfg.max_tokens)
         if net.text is None:
             source.tokens = max(last for _, last, _, _ in parts_of(net.text_cfg).values())
-            print(f"text.kind={net.text_cfg.kind}: the frozen text encoders are not in the bundle, "
-                  "an app brings them; no pictures are compared")
+            print(f"text.kind={net.text_cfg.kind}: an app brings its encoders; no picture is drawn")
         if ae.cfg.decoder != "tiny":
             raise UserError(f"{a.ae} has SD3's decoder: only the tiny one is exported")
     grain = 8 * 2 ** (len(source.unet.cfg.widths) - 1)

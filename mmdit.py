@@ -162,10 +162,9 @@ class MMDiT(nn.Module):
         cfg.check()
         self.cfg = cfg
         D, p = cfg.heads * cfg.head_dim, cfg.patch
-        table = position_table(D, cfg.position_max, cfg.base)
         self.pos_embed = nn.Module()
         self.pos_embed.proj = nn.Conv2d(cfg.in_channels, D, p, p)
-        self.pos_embed.register_buffer("pos_embed", table)
+        self.pos_embed.register_buffer("pos_embed", position_table(D, cfg.position_max, cfg.base))
         self.time_text_embed = nn.Module()
         self.time_text_embed.timestep_embedder = embedder(256, D)
         self.time_text_embed.text_embedder = embedder(cfg.pooled_dim, D)
@@ -235,9 +234,7 @@ class MMDiT(nn.Module):
     @classmethod
     def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
         """A frozen one from a directory in the hub's layout, or a hub id (gated: log in first).
-
-        Built on the meta device from mapped files, so memory holds the weights once. UserError
-        names what is missing or damaged."""
+        Built on the meta device from mapped files, so that memory holds the weights once."""
         folder = hub_folder(source, "transformer")
         with torch.device("meta"):
             net = cls(sd3_config(folder))

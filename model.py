@@ -120,8 +120,7 @@ def rope_table(H, W, D, base, device):
     rows = torch.arange(H, device=device)[:, None, None] * freqs                # (H, 1, D/4)
     cols = torch.arange(W, device=device)[None, :, None] * freqs                # (1, W, D/4)
     angle = torch.cat([rows.expand(H, W, -1), cols.expand(H, W, -1)], -1)       # (H, W, D/2)
-    angle = angle.flatten(0, 1)[:, None]                                        # (N, 1, D/2)
-    return angle.cos(), angle.sin()
+    return angle.cos().view(H * W, 1, -1), angle.sin().view(H * W, 1, -1)
 
 def rotate(x, rope):
     """Pairs channel i with i + D/2: a split and a concatenation, which suit the Neural Engine."""
@@ -198,7 +197,7 @@ class Transformer(nn.Module):
             h = block(h, context, mask, rope)
         return x + self.proj_out(h).transpose(1, 2).unflatten(2, x.shape[2:])   # (B, C, H, W)
 
-# ---------------------------------------------------------------------------- uNet
+# ---------------------------------------------------------------------------- the UNet
 class Layer(nn.Module):
     """[ Res, Transformer ], or [ Res ] where depth is 0. The unit of gradient checkpointing."""
     def __init__(self, cfg, C_in, C_out, depth, self_attn):

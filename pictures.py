@@ -50,12 +50,12 @@ class Item(NamedTuple):
 
 class Unusable(Exception):
     """A picture that is skipped; the message says why."""
+
 def find_pictures(folder: str) -> list[Item]:
     """Everything in a folder and the folders in it, or in one tar, in order of the names."""
     root = Path(folder).expanduser()
     if not root.exists():
-        raise UserError(f"no folder of pictures at '{folder}': set data.folder to a directory of "
-                        "x.jpg + x.txt, or to a tar")
+        raise UserError(f"no folder '{folder}': set data.folder to one of x.jpg + x.txt, or a tar")
     places, items = list_files(root)
     captions = read_jsonl(places, items)
     for name in captions.keys() - places.keys():
@@ -69,11 +69,9 @@ def find_pictures(folder: str) -> list[Item]:
             text, row = by_suffix.get((stem, ".txt")), by_suffix.get((stem, ".json"))
             items.append(Item(name, place, text or captions.get(name) or row or ""))
         elif suffix in OTHERS:
-            items.append(Item(name, reason=f"another format: {suffix} is not read; jpg, png, webp "
-                                           "and plain tars are"))
+            items.append(Item(name, reason=f"another format: {suffix}, not jpg, png, webp or tar"))
     if not items:
-        raise UserError(f"no pictures in '{folder}': it wants x.jpg, .jpeg, .png or .webp with "
-                        "captions in x.txt, captions.jsonl or metadata.jsonl, or tars of them")
+        raise UserError(f"no pictures in '{folder}': it wants x.jpg + x.txt, or tars of them")
     return items
 
 def list_files(root: Path) -> tuple[dict[str, Place], list[Item]]:
@@ -118,8 +116,8 @@ def read_jsonl(places: dict[str, Place], items: list[Item]) -> dict[str, str]:
                     caption = row.get("text", row.get("caption")) + ""      # TypeError: no string
                     captions[posixpath.normpath(posixpath.join(folder, picture))] = caption
             except (ValueError, TypeError, AttributeError):
-                items.append(Item(f"{name}:{k}", reason="no caption: the line is no "
-                                  '{"file": "x.jpg", "caption": "..."}'))
+                reason = 'no caption: the line is no {"file": "x.jpg", "caption": "..."}'
+                items.append(Item(f"{name}:{k}", reason=reason))
     return captions
 
 def listing_key(items: list[Item]) -> str:
@@ -199,8 +197,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):              # 16 bits of grey; Pillow reads colours as 8
         grey = (np.asarray(image).astype(np.float64) / 257).round().clip(0, 255)
         image = Image.fromarray(grey.astype(np.uint8))
-    clear = image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info
-    if clear:
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)

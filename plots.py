@@ -67,10 +67,9 @@ def series(rows: list[dict], key: str) -> list[tuple]:
 def losses(csv, out):
     """loss.png: the training loss and the averaged weights' loss on held-out pictures."""
     rows = read_log(csv)
-    chart([Panel("loss", "step", [
-        Line("training", GREY, series(rows, "loss")),
-        Line("held out, averaged weights", BLUE, series(rows, "val")),
-    ])], out)
+    lines = [Line("training", GREY, series(rows, "loss")),
+             Line("held out, averaged weights", BLUE, series(rows, "val"))]
+    chart([Panel("loss", "step", lines)], out)
 
 def bin_means(rows: list[dict], name: str) -> list[tuple]:
     """(middle of the bin, mean over the rows); nan for a bin into which no picture fell."""
@@ -82,8 +81,7 @@ def bin_means(rows: list[dict], name: str) -> list[tuple]:
 
 def scaling(run):
     """RUN/scaling.png: losses in bins of t over the last half of the run, before and after scaling.
-    Prints the same numbers. UserError where the log is not that of a distillation.
-    """
+    Prints the same numbers. UserError where the log is not that of a distillation."""
     rows = [row for row in read_log(Path(run) / "log.csv") if row.get("bin_task_scaled0")]
     if not rows:
         raise UserError(f"{run}/log.csv has no losses of a distillation: give a run of distill.py "
@@ -106,14 +104,10 @@ def health(csv, out):
     rows = read_log(csv)
     real = dict(series(rows, "real_std"))
     deviation = [(step, v / real[step]) for step, v in series(rows, "pixel_std") if real.get(step)]
-    chart([
-        Panel("discriminator", "step", [
-            Line("D(real)", BLUE, series(rows, "d_real")),
-            Line("D(fake)", ORANGE, series(rows, "d_fake")),
-            Line("accuracy", GREY, series(rows, "accuracy")),
-        ], log=False),
-        Panel("predictions, relative to real pictures", "step", [
-            Line("spread between captions", BLUE, series(rows, "spread")),
-            Line("deviation of the pixels", ORANGE, deviation),
-        ], log=False),
-    ], out)
+    answers = [Line("D(real)", BLUE, series(rows, "d_real")),
+               Line("D(fake)", ORANGE, series(rows, "d_fake")),
+               Line("accuracy", GREY, series(rows, "accuracy"))]
+    spreads = [Line("spread between captions", BLUE, series(rows, "spread")),
+               Line("deviation of the pixels", ORANGE, deviation)]
+    chart([Panel("discriminator", "step", answers, log=False),
+           Panel("predictions, relative to real pictures", "step", spreads, log=False)], out)

@@ -48,8 +48,8 @@ PLURALS = {                                     # where it is not the noun and a
 COLOURS = {
     "red": (225, 40, 45), "orange": (250, 135, 25), "yellow": (250, 215, 40),
     "green": (50, 165, 65), "blue": (45, 100, 230), "purple": (135, 65, 190),
-    "pink": (250, 125, 180), "brown": (125, 75, 45), "black": (45, 45, 50),
-    "white": (235, 235, 238),
+    "pink": (250, 125, 180), "brown": (125, 75, 45),
+    "black": (45, 45, 50), "white": (235, 235, 238),
 }
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 RELATIONS = {
@@ -152,10 +152,8 @@ class Sprites:
         return image, shadow.filter(ImageFilter.GaussianBlur(max(0.6, px / 24)))
 
 def read_sprites(folder: str) -> dict[str, Image.Image]:
-    images = {}
-    for path in sorted(Path(folder).glob("*")):
-        if path.suffix.lower() in (".png", ".webp"):
-            images[path.stem.replace("_", " ")] = square(Image.open(path))
+    files = [p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in (".png", ".webp")]
+    images = {p.stem.replace("_", " "): square(Image.open(p)) for p in files}
     if not images:
         raise UserError(f"no .png or .webp sprites in {folder}: name them by noun, as dog.png")
     return images
@@ -175,20 +173,17 @@ def atlas_cell(k: int) -> tuple[int, int, int, int]:
 def square(image: Image.Image) -> Image.Image:
     """Crops to what is opaque and pads to a square cell."""
     image = image.convert("RGBA")
-    opaque = image.getchannel("A").point(lambda a: 255 * (a > 8))
-    image = image.crop(opaque.getbbox())
+    image = image.crop(image.getchannel("A").point(lambda a: 255 * (a > 8)).getbbox())
     image = ImageOps.contain(image, (ATLAS_CELL - 4, ATLAS_CELL - 4), Image.Resampling.LANCZOS)
     out = Image.new("RGBA", (ATLAS_CELL, ATLAS_CELL))
     out.paste(image, ((ATLAS_CELL - image.width) // 2, (ATLAS_CELL - image.height) // 2))
     return out
 
 def recolour(image: Image.Image, rgb) -> Image.Image:
-    """A tone map: luminance goes from a dark shade over the colour (at the sprite's own median) to
-    nearly white, which keeps the shading."""
+    """Maps luminance from a dark shade over the colour, at the sprite's median, to nearly white."""
     a = np.asarray(image).astype(np.float32)
     luminance = a[..., :3] @ np.float32([.299, .587, .114])
-    opaque = luminance[a[..., 3] > 128]
-    low, middle, high = np.percentile(opaque, (2, 50, 98))
+    low, middle, high = np.percentile(luminance[a[..., 3] > 128], (2, 50, 98))     # where opaque
     low, high = min(low, middle - 25), max(high, middle + 25)   # flat sprites keep their flatness
     colour = np.float32(rgb)
     share = 0.35 if sum(rgb) > 200 else 0.6                     # black must not turn grey
@@ -287,11 +282,11 @@ class Scenes:
             pad = (shadow.width - px) // 2
             picture.paste((0, 0, 0), (left - pad, top - pad + max(1, px // 16)), shadow)
             # the sprite is premultiplied: out = sprite + (1 - alpha) picture
-            clear = ImageChops.invert(sprite.getchannel("a"))
+            *rgb, alpha = sprite.split()
             under = Image.new("RGB", (px, px))
-            under.paste(picture.crop((left, top, left + px, top + px)), mask=clear)
-            rgb = Image.merge("RGB", sprite.split()[:3])
-            picture.paste(ImageChops.add(rgb, under), (left, top))
+            crop = picture.crop((left, top, left + px, top + px))
+            under.paste(crop, mask=ImageChops.invert(alpha))
+            picture.paste(ImageChops.add(Image.merge("RGB", rgb), under), (left, top))
         return np.array(picture)
 
 def word_group(g: Group, rng: random.Random) -> str:
@@ -312,10 +307,8 @@ def place_objects(s: Scene, rng, freedom: float):
     regions = cut_in_two(s, rng) if len(s.groups) == 2 else [(0, 0, 1, 1)]
     for k, (x0, y0, w, h) in enumerate(regions):
         n = s.groups[k].count
-        best = (0,)
-        for c in range(1, n + 1):
-            best = max(best, (min(w / c, h / -(-n // c)), rng.random(), -c))    # ties are drawn
-        cols = -best[2]
+        grids = [(min(w / c, h / -(-n // c)), rng.random(), -c) for c in range(1, n + 1)]
+        cols = -max(grids)[2]           # ties are drawn
         rows = -(-n // cols)
         cw, ch = w / cols, h / rows
         for cell in sorted(rng.sample(range(rows * cols), n)):
@@ -332,8 +325,7 @@ def cut_in_two(s: Scene, rng) -> list[tuple]:
     a, b = (g.count for g in s.groups)
     share = 0.5 + 0.12 * ((a > b) - (a < b))
     flip = s.relation in ("right of", "below") or (not s.relation and rng.random() < 0.5)
-    if flip:
-        share = 1 - share
+    share = 1 - share if flip else share
     first, second = (0, 0, share, 1), (share, 0, 1 - share, 1)
     if axis == 1:
         first, second = (0, 0, 1, share), (0, share, 1, 1 - share)

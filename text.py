@@ -48,15 +48,13 @@ def join_texts(texts: list[Text]) -> Text:
     L = max(t.mask.shape[1] for t in texts)
     emb = torch.cat([F.pad(t.emb, (0, 0, 0, L - t.emb.shape[1])) for t in texts])   # (B, L, D)
     mask = torch.cat([F.pad(t.mask, (0, L - t.mask.shape[1])) for t in texts])      # (B, L)
-    if texts[0].pooled is None:
-        return Text(emb, mask)
-    return Text(emb, mask, torch.cat([t.pooled for t in texts]))
+    pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
+    return Text(emb, mask, pooled)
 
 # ---------------------------------------------------------------------------- tokens
 class Vocabulary:
     """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
-    data: the bytes of the file `source` in tiktoken's text format; pattern: cuts a caption into
-    words."""
+    data: the file `source`, in tiktoken's text format; pattern: cuts a caption into words."""
     def __init__(self, data: bytes, pattern: str = PATTERN, source="the vocabulary"):
         try:
             lines = [line.split() for line in data.decode().splitlines()]
@@ -78,8 +76,7 @@ class Vocabulary:
         return [*self.encoding.encode_ordinary(words), self.end]
 
     def tokenize(self, captions: list[str], max_tokens: int = 64, cut: bool = False) -> Tokens:
-        """Captions -> ids and mask, padded to the longest.
-        Each caption ends in <end>, so the empty one, the unconditional, is not nothing.
+        """Padded to the longest. Each ends in <end>: the empty, unconditional one is not nothing.
         UserError where a caption is longer than max_tokens; `cut` reads only its beginning."""
         rows = [self.ids_of(c) for c in captions]
         if cut:
@@ -127,11 +124,9 @@ def train_bpe(captions: list[str], size: int) -> bytes:
         a, b = max(pairs, key=lambda pair: (pairs[pair], pair))
         tokens.append(a + b)
         for parts in split.values():
-            i = 0
-            while i < len(parts) - 1:
+            for i in range(len(parts)):             # which become fewer on the way
                 if parts[i:i + 2] == [a, b]:
                     parts[i:i + 2] = [a + b]
-                i += 1
     return b"".join(base64.b64encode(t) + f" {i}\n".encode() for i, t in enumerate(tokens))
 
 # ---------------------------------------------------------------------------- the small encoder
@@ -255,9 +250,8 @@ class Encoders:
         source, folder = SOURCES[name], self.cfg.folder
         if self.cfg.kind == "sd3":      # SDXL's CLIP-L has no projection, and so no pooled state
             source = source._replace(hub=SD35, license=GATED)
-        where, inside = source.hub, source.inside
-        if folder:
-            where, inside = folder, f"text_encoder{source.number}"
+        where = folder or source.hub
+        inside = f"text_encoder{source.number}" if folder else source.inside
         words = inside.replace("text_encoder", "tokenizer")
         if Path(where, inside).is_dir() and not Path(where, words).is_dir():
             words = inside              # one directory for both, as Gemma comes
@@ -284,8 +278,7 @@ class Encoders:
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Text:
-        """emb (B, 77, D) of clip-l, else (B, 77 + tokens, D); mask; pooled (B, P) of sd3.
-        Longer captions are cut."""
+        """emb (B, 77 or 77 + tokens, D); mask; pooled (B, P) of sd3. Longer captions are cut."""
         shape = len(captions), max(bottom for _, bottom, _, _ in self.parts.values())
         like = {"dtype": self.dtype, "device": self.device}
         emb = torch.zeros(*shape, self.cfg.width, **like)
@@ -305,9 +298,8 @@ class Encoders:
             emb[:, top:bottom, left:right] = states             # (B, L', D')
             mask[:, top:bottom] |= t.attention_mask.bool()      # both CLIPs have the same tokens
         mask[:, 0] = True               # an attention without any real token would be NaN
-        if self.cfg.kind != "sd3":
-            return Text(emb, mask)
-        return Text(emb, mask, torch.cat(list(pooled.values()), -1))
+        states = torch.cat(list(pooled.values()), -1) if self.cfg.kind == "sd3" else None
+        return Text(emb, mask, states)
 
     __call__ = encode
 

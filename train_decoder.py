@@ -30,8 +30,7 @@ from scenes import Scenes
 
 # Grey, blue-yellow, green-magenta. In RGB, L1 is content with the right grey and learns hue last.
 OPPONENT = [[1 / 3, 1 / 3, 1 / 3], [0.5, 0.5, -1.0], [-1.0, 2.0, -1.0]]
-# Mean and deviation of ImageNet's colours, in [-1, 1].
-IMAGENET = [[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]
+IMAGENET = [[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]    # mean, deviation, in [-1, 1]
 
 def pyramid_l1(a, b):
     """L1 over a Laplacian pyramid of opponent colours. Unlike plain L1 it minds a blurred edge."""
@@ -212,13 +211,12 @@ def train_decoder(cfg: DecoderConfig):
     disc = patch_discriminator().to(device)
     ema = EMA(learned, cfg.ema)
     opt = Muon(learned, cfg.lr, cfg.muon_lr)
-    disc_opt = Muon(disc, 2e-4, betas=(0.5, 0.9))
     learner = Learner(learned, opt, cfg.clip, ema)
-    disc_learner = Learner(disc, disc_opt, clip=float("inf"))
+    disc_learner = Learner(disc, Muon(disc, 2e-4, betas=(0.5, 0.9)), clip=float("inf"))
     # not yet an "autoencoder" that others may load: scale and shift are measured at the end
     about = {"autoencoder": None, "network": asdict(cfg.autoencoder)}
     run = Run(cfg, device, describe=about, model=learned, ema=ema, optimizer=opt, disc=disc,
-              disc_optimizer=disc_opt)
+              disc_optimizer=disc_learner.opt)
     amp = use_bfloat16(cfg.amp, device)
 
     for step in run.steps():
