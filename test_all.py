@@ -1231,9 +1231,16 @@ def test_resume_is_exact(stage, end, pipeline, tmp_path, monkeypatch):
     out = [p for name, p in net.denoiser.named_parameters() if "out" in name][-1]
     assert out.abs().max() > 0                                  # it learned: zero at the start
 
+def test_final_is_the_average_in_fp16(pipeline):
+    final = checkpoint.load_checkpoint(pipeline("train") / "final")[1]["model"]
+    state = checkpoint.load_checkpoint(pipeline("train"), ("model", "ema"))[1]
+    average = {**state["model"], **state["ema"]}
+    assert final.keys() == average.keys()
+    assert all(torch.equal(final[k], average[k].half()) for k in final)
+
 @pytest.mark.parametrize("stage, other, change, words", [
     ("train", "train", "steps=2", "4 steps done, steps=2 asks for fewer"),
-    ("train", "distill", "steps=9", "is a run of TrainConfig: give another out="),
+    ("train", "distill", "steps=9", "is a run of stage 'train', not of 'distill'"),
     ("train", "train", "model.time_dim=64", "of another shape"),
     ("gan", "gan", "method=both", "without its fake"),
 ])
