@@ -379,7 +379,8 @@ def distil(cfg: AdvConfig):
 
     final = {**net.state_dict(), **game.ema.state_dict()}
     if run.finish(final) and rank == 0:
-        print(f"done: {run.out}/final; try `python sample.py \"a red car\" --ckpt {run.out}`")
+        print(f"done: {run.out}/final; try `python sample.py \"{prompts[0]}\" --ckpt "
+              f"{run.out}`")
 
 def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation, prompts, few):
     """The averaged student in K steps: its grid, its health, its flow loss."""

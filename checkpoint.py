@@ -258,7 +258,7 @@ class Run:
     def resume(self) -> int:
         """Loads all parts; returns the steps that are done."""
         config, state = load_checkpoint(self.out, list(self.parts))
-        where = f"{self.out} (resume)"
+        where = f"{self.out}, made with other settings (give another out=),"
         if config.get("stage") != self.describe["stage"]:
             raise UserError(f"{self.out} is a run of stage '{config.get('stage')}', not of "
                             f"'{self.describe['stage']}': give another out=")

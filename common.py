@@ -64,8 +64,11 @@ def fill(obj, values: dict, where: str = "config", prefix: str = ""):
     for key, value in values.items():
         name = prefix + key
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, 1, 0.5) or fields
-            raise UserError(f"{where}: unknown key '{name}'; did you mean {', '.join(near)}?")
+            tables = [k for k in fields if dataclasses.is_dataclass(getattr(obj, k))]
+            inside = [f"{k}.{key}" for k in tables if hasattr(getattr(obj, k), key)]
+            near = inside or difflib.get_close_matches(key, fields, 1, 0.5) or fields
+            hint = " or ".join(prefix + k for k in near)
+            raise UserError(f"{where}: unknown key '{name}'; did you mean {hint}?")
         old = getattr(obj, key)
         if dataclasses.is_dataclass(old):
             fill(old, value, where, name + ".")
@@ -152,8 +155,8 @@ def parse_override(cfg, argument: str) -> dict:
     """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
-        raise UserError(f"what is '{argument}'? Keys are written key=value, such as lr=1e-3 or "
-                        "model.depth_mid=2, files --config FILE")
+        raise UserError(f"what is '{argument}'? Write --config FILE and key=value, such as "
+                        "steps=60 (without dashes) or data.folder='my pictures'")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -71,7 +71,8 @@ class Batches:
     cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches."""
     def __init__(self, cfg, latents, device, vocabulary: Vocabulary):
         if len(latents) < cfg.batch:
-            raise UserError(f"{len(latents)} pictures, less than one batch={cfg.batch}: lower it")
+            raise UserError(f"{len(latents)} pictures to train on (some are held out), less than "
+                            f"batch={cfg.batch}: add batch={max(1, len(latents) // 4)}")
         self.cfg, self.latents, self.device = cfg, latents, device
         self.vocabulary = vocabulary
         if not cfg.data.folder:

@@ -198,7 +198,7 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
     }
     print("\nFrechet distance of {fd_pictures} pictures, checker features: {fd:.3f} (renders "
           "against renders {fd_floor:.3f}); precision {precision:.3f}, recall {recall:.3f}\n"
-          "FID (None: torch-fidelity or its weights are not here): {fid}".format(**found))
+          "FID, where torch-fidelity and its weights are here: {fid}".format(**found))
     return found
 
 def parse_evaluation(argv):

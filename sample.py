@@ -216,7 +216,7 @@ def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, in
         largest = grain * network.position_max              # where its position table ends
     else:
         grain = 8 * 2 ** (len(network.widths) - 1)
-        largest = 2**14
+        largest = 8 * trained                               # beyond, minutes for no more detail
     if len(size) > 2 or any(s < grain or s % grain or s > largest for s in size):
         raise UserError(f"--size {asked}: one or two multiples of {grain} pixels up to {largest}, "
                         f"such as {4 * grain} or {4 * grain} {2 * grain}")

@@ -219,7 +219,7 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     if run.finish(final) and rank == 0:
         save_gif(run.out)
         print(f"done: {run.out}/final, samples_{run.step:07d}.png, loss.png; try "
-              f"`python sample.py \"a red car\" --ckpt {run.out}`")
+              f"`python sample.py \"{prompts[0]}\" --ckpt {run.out}`")
 
 def wrapped(cfg: TrainConfig, objective, net, device, world: int):
     """The objective as the loop calls it: compiled, and averaging gradients over processes."""
