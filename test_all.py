@@ -1774,7 +1774,7 @@ def test_dreamlite_equals_diffusers(tmp_path):
     assert torch.allclose(ours(x, t, states, mask, size=size), expected, atol=1e-5)
 # ---------------------------------------------------------------------------- commands
 @pytest.mark.parametrize("words, said", [
-    ("train.py model.widhts=[32]", ["'model.widhts'", "did you mean widths"]),
+    ("train.py model.widhts=[32]", ["'model.widhts'", "did you mean model.widths"]),
     ("train.py lr=fast", ["'lr'", "float", "fast"]),
     ("train.py --config configs/no.toml", ["no config file", "configs/nano.toml"]),
     ("train.py steps=0", ["'steps'", "1 or more"]),
@@ -1783,7 +1783,7 @@ def test_dreamlite_equals_diffusers(tmp_path):
     ("train.py amp=bf16", ["'amp'", "bfloat16, float32"]),
     ("train.py model.head_dim=48", ["widths", "multiples of 96"]),
     ("train.py batch=9 data.pictures=8 val_pictures=1 device=cpu data.cache={tmp} out={tmp}",
-     ["less than one batch"]),
+     ["8 pictures", "add batch=2"]),
     ("train.py --cache data.folder={tmp}/none", ["no folder"]),
     ("distill.py teacher=runs/nowhere device=cpu out={tmp}", ["no teacher at 'runs/nowhere'"]),
     ("sample.py dog --size 50", ["multiples of 16"]),
