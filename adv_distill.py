@@ -244,9 +244,6 @@ class Game:
             values |= self.generator_step(batch, x_t, t, guess, g)
         return made, values
 
-    def draw(self, flow: FlowConfig, batch: Batch, g):
-        return draw_times(flow, len(batch.x0), g, self.device)
-
     def update(self, name: str) -> dict:
         average_gradients(self.players[name].module)
         return {f"grad_{name}": self.players[name].step()}
@@ -258,7 +255,7 @@ class Game:
         with torch.no_grad():
             text = critic.frozen.read(batch, self.net.vocabulary)
         with autocast(self.device, self.bfloat16):
-            t = self.draw(cfg.critic_times, batch, g)
+            t = draw_times(cfg.critic_times, len(batch.x0), g, self.device)
             x = noised(batch.x0, t, g)
             real = critic(x, t, text)
             false = critic(noised(made, t, g), t, text)
@@ -278,7 +275,7 @@ class Game:
     def fake_step(self, batch: Batch, made, g) -> dict:
         """The fake score: rectified flow on what G makes."""
         eps = torch.randn(made.shape, generator=g, device=self.device)
-        t = self.draw(self.cfg.flow, batch, g)
+        t = draw_times(self.cfg.flow, len(batch.x0), g, self.device)
         with autocast(self.device, self.bfloat16):
             loss = flow_loss(lambda x, t: self.fake(x, t, batch.text), made, eps, t).mean()
         loss.backward()
@@ -295,14 +292,14 @@ class Game:
                 loss, values = self.kd_loss(batch, x_t, t, leaf, text)
                 grads["kd"] = cfg.kd_weight * torch.autograd.grad(loss, leaf)[0]
             if "critic" in self.players:
-                t2 = self.draw(cfg.critic_times, batch, g)
+                t2 = draw_times(cfg.critic_times, len(batch.x0), g, self.device)
                 read = self.critic.frozen.read(batch, self.net.vocabulary)
                 logits = self.critic(noised(leaf, t2, g), t2, read)
                 loss = generator_loss(cfg.loss, logits).mean()
                 grads["gan"] = cfg.gan_weight * torch.autograd.grad(loss, leaf)[0]
                 values["g_loss"] = loss
             if "fake" in self.players:
-                t2 = self.draw(cfg.flow, batch, g)
+                t2 = draw_times(cfg.flow, len(batch.x0), g, self.device)
                 move = dmd_gradient(self.teacher, self.fake, leaf.detach(), t2, text, batch.text, g)
                 grads["dmd"] = cfg.dmd_weight * move / len(leaf)
         values |= {f"pull_{name}": x.norm() for name, x in grads.items()}

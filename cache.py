@@ -60,9 +60,8 @@ def read_state(root: Path, settings: dict) -> dict | None:
 
 # ---------------------------------------------------------------------------- writing
 def make_cache(cfg, teacher_text=None):
-    """Writes what is missing of the cache of cfg.data.folder into cfg.data.cache.
-    Shard k is made by rank k % world, and is the same whoever makes it. teacher_text: the
-    TextConfig of an SD3 teacher, whose states are added."""
+    """Writes what is missing of cfg.data.cache. Rank k % world makes shard k, as any other would.
+    teacher_text: the TextConfig of an SD3 teacher, whose states are added."""
     device, rank, world = setup(cfg.device)
     d, root = cfg.data, Path(cfg.data.cache)
     if not d.folder:
@@ -128,9 +127,7 @@ def note_of(path: Path, key: str) -> str | None:
 def write_shards(cfg, items, mine: list[int], ae, encode, device, quiet: bool):
     """Reads the pictures of the shards `mine` in other processes, encodes them in this one."""
     d = cfg.data
-    todo = []                                   # numbers of items
-    for k in mine:
-        todo += range(k * d.shard, min(len(items), (k + 1) * d.shard))
+    todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
     prepared = Prepared([items[i] for i in todo], d)
     loader = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=d.workers)
     bar = tqdm(loader, f"read and encode {d.folder}", unit="picture", disable=quiet)
@@ -277,8 +274,7 @@ def empty_caption(cfg, prefix: str = "") -> Text:
         raise UserError(f"{path} is missing or damaged: run it again with --cache") from None
 
 class CachedPictures:
-    """One side of the split, mapped from the cache.
-    rows: {bucket: [(shard, row, caption), ..]}"""
+    """One side of the split, mapped from the cache. rows: {bucket: [(shard, row, caption), ..]}"""
     def __init__(self, cfg, rows: dict, vocabulary, teacher: bool = False):
         self.cfg, self.root, self.rows = cfg, Path(cfg.data.cache), rows
         self.vocabulary = vocabulary

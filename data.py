@@ -119,7 +119,6 @@ def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[i
     epoch come in an order drawn from (seed, epoch)."""
     def before(epoch):
         return [epoch * n // batch for _, n in sizes]
-
     epoch = k * batch // sum(n for _, n in sizes)       # or later: the floors delay
     while sum(before(epoch + 1)) <= k:
         epoch += 1
@@ -142,7 +141,6 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
     """Latents of the first n scenes, fp16 (n, C, size/8, size/8): read, or made and kept.
     ae_key: autoencoder_fingerprint(ae), so that another autoencoder makes another file."""
     n = n or cfg.pictures
-
     def make():
         device = next(ae.parameters()).device
         scenes = torch.utils.data.Subset(scenes_of(cfg, split), range(n))

@@ -73,13 +73,11 @@ class AttentionBlock(nn.Module):
         h = self.to_out[0](h)[:, 0].transpose(1, 2)                 # (B, C, h*w)
         return x + h.unflatten(2, x.shape[2:])
 
-def downsample(C):
-    pad = nn.ZeroPad2d((0, 1, 0, 1))                                # SD3 pads right and below
-    return named(pad=pad, conv=nn.Conv2d(C, C, 3, stride=2))        # (B, C, H/2, W/2)
+def downsample(C):      # (B, C, H/2, W/2); SD3 pads right and below
+    return named(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(C, C, 3, stride=2))
 
-def upsample(C):
-    conv = nn.Conv2d(C, C, 3, padding=1)
-    return named(resize=nn.Upsample(scale_factor=2.0), conv=conv)   # (B, C, 2H, 2W)
+def upsample(C):        # (B, C, 2H, 2W)
+    return named(resize=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(C, C, 3, padding=1))
 
 class Middle(nn.Module):
     """Residual block, attention, residual block: the same in encoder and decoder."""

@@ -70,13 +70,12 @@ def inception_fid(real, fake, device) -> float | None:
 
 @torch.no_grad()
 def latents_health(x0, real, ae, batch: int = 64) -> dict:
-    """Numbers of predicted latents (B, C, H, W) beside real ones, decoded `batch` at a time.
-    spread: how far pictures are from each other, relative to the real ones."""
+    """Numbers of predicted latents (B, C, H, W) beside real ones, decoded `batch` at a time."""
     pixels = torch.cat([ae.decode(z) for z in x0.float().split(batch)])             # (B, 3, 8H, 8W)
     theirs = torch.cat([ae.decode(z) for z in real.float().split(batch)])
     values = {
         "latent_mean": x0.mean(), "latent_std": x0.std(),
-        "spread": x0.std(0).mean() / real.std(0).mean(),
+        "spread": x0.std(0).mean() / real.std(0).mean(),    # how far apart pictures are
         "pixel_mean": pixels.mean(), "pixel_std": pixels.std(),
         "real_mean": theirs.mean(), "real_std": theirs.std(),
     }

@@ -303,8 +303,7 @@ def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
     p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
-    p.add_argument("--preset", default="", choices=["", *PRESETS],
-                   help="instead: random weights of this size of model.py, the paper's decoder")
+    p.add_argument("--preset", default="", choices=["", *PRESETS], help="random weights instead")
     p.add_argument("--out", default="bundle")
     p.add_argument("--size", type=int, default=0, help="pixels; default: as in training")
     p.add_argument("--bits", type=int, choices=PICTURE, default=16,

@@ -255,6 +255,5 @@ def sd3_config(folder: Path) -> MMDiTConfig:
         in_channels=raw["in_channels"], patch=raw["patch_size"], layers=raw["num_layers"],
         heads=raw["num_attention_heads"], head_dim=raw["attention_head_dim"],
         context_dim=raw["joint_attention_dim"], pooled_dim=raw["pooled_projection_dim"],
-        base=raw["sample_size"] // raw["patch_size"], position_max=raw["pos_embed_max_size"],
-        qk_norm=raw.get("qk_norm") == "rms_norm",
-        dual=list(raw.get("dual_attention_layers") or []))
+        base=raw["sample_size"] // raw["patch_size"], qk_norm=raw.get("qk_norm") == "rms_norm",
+        position_max=raw["pos_embed_max_size"], dual=list(raw.get("dual_attention_layers") or []))

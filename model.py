@@ -1,7 +1,6 @@
 """SnapGen's text-to-image UNet (arXiv 2412.09619, section 3.1), in plain PyTorch. And what is
 trained, TextToLatents: a UNet or an MMDiT, with its text encoder.
-From SDXL's UNet of 2.6 B parameters a ladder of ablations, LADDER below, leads down to 0.38 B.
-`python model.py` prints what each rung costs.
+From SDXL's UNet of 2.6 B parameters LADDER leads down to 0.38 B; `python model.py` prints how.
 
 B batch | C channels | H W latent rows, columns | N = H * W image tokens | L text tokens
 D width of a head | G key/value heads (1 = multi-query attention) | R query heads that share one

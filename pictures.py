@@ -151,8 +151,7 @@ def caption_of(item: Item) -> str:
 
 @functools.lru_cache
 def buckets(size: int, step: int, ratio: float) -> list[tuple[int, int]]:
-    """(height, width) in pixels: multiples of `step` whose area is nearest to size^2, with sides
-    up to `ratio` long to short; each with its transpose."""
+    """(height, width): multiples of `step`, area nearest to size^2, up to `ratio` long to short."""
     found = set()
     for short in range(step, size + 1, step):
         long = max(1, round(size * size / short / step)) * step

@@ -84,8 +84,7 @@ def scaling(run):
     Prints the same numbers. UserError where the log is not that of a distillation."""
     rows = [row for row in read_log(Path(run) / "log.csv") if row.get("bin_task_scaled0")]
     if not rows:
-        raise UserError(f"{run}/log.csv has no losses of a distillation: give a run of distill.py "
-                        "with kd or featkd, after its first log line")
+        raise UserError(f"{run}/log.csv has no distillation losses: give a run with kd or featkd")
     rows = rows[len(rows) // 2:]
     print(f"{run}/scaling.png, the last {len(rows)} log lines; means per bin of t:")
     panels = []

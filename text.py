@@ -64,8 +64,7 @@ class Vocabulary:
         except ValueError as e:
             raise UserError(f"{source} is damaged ({e}): restore it with git") from None
         self.data, self.pattern = data, pattern
-        self.end, self.pad = len(ranks), len(ranks) + 1
-        self.size = len(ranks) + 2
+        self.end, self.pad, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
         self.encoding = tiktoken.Encoding(
             "captions", pat_str=pattern, mergeable_ranks=ranks,
             special_tokens={"<end>": self.end, "<pad>": self.pad})

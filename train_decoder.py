@@ -209,8 +209,7 @@ def train_decoder(cfg: DecoderConfig):
     ae = make_autoencoder(cfg, device)
     learned = ae.decoder if cfg.encoder else ae
     disc = patch_discriminator().to(device)
-    ema = EMA(learned, cfg.ema)
-    opt = Muon(learned, cfg.lr, cfg.muon_lr)
+    opt, ema = Muon(learned, cfg.lr, cfg.muon_lr), EMA(learned, cfg.ema)
     learner = Learner(learned, opt, cfg.clip, ema)
     disc_learner = Learner(disc, Muon(disc, 2e-4, betas=(0.5, 0.9)), clip=float("inf"))
     # not yet an "autoencoder" that others may load: scale and shift are measured at the end
