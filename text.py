@@ -139,7 +139,7 @@ class TextConfig:
     max_tokens: int = option(64, low=2)
     vocabulary: int = option(0, low=0)          # tokens; 0: those of assets/captions.tiktoken
     pattern: str = PATTERN
-    # Of published ones: a directory or hub id in SD3's layout (text_encoder, tokenizer,
+    # For published ones: a directory or hub id in SD3's layout (text_encoder, tokenizer,
     # text_encoder_2, ..; Gemma or T5 is number 3); empty: each from its own hub id.
     folder: str = ""
     leave_out: list[str] = option([], choices=("clip_l", "clip_g", "gemma", "t5"))  # states of 0
