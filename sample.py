@@ -250,9 +250,12 @@ def main(argv):
         columns = a.n if len(a.prompts) > 1 else 0
         sheet = grid(pictures, captions, columns, max(1, 256 // height))
     sheet.save(out)
-    print(f"{out}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each "
-          f"({how['sampler']}, guidance {how['cfg']:g}, {len(how['steps']) - 1} steps at t = "
-          f"{' '.join(f'{t:.2f}' for t in how['steps'][:-1])})")
+    at = [f"{t:.2f}" for t in how["steps"][:-1]]
+    if len(at) > 8:
+        at[4:-1] = [".."]
+    print(f"{out}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each ("
+          f"{how['sampler']}, guidance {how['cfg']:g}, {len(how['steps']) - 1} steps at t = "
+          f"{' '.join(at)})")
 
 if __name__ == "__main__":
     with friendly():
