@@ -40,6 +40,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 import adv_distill
 import cache
@@ -707,6 +708,13 @@ def own(pipeline, tmp_path_factory):
 def opened(cfg, teacher_text=None):
     ae = decoder.load_autoencoder(cfg.ae)
     return cache.open_cache(cfg, ae, teacher_text, text.load_vocabulary())
+
+def test_a_png_with_much_metadata_is_read(tmp_path):
+    notes = PngInfo()
+    notes.add_text("notes", "x" * 2**21, zip=True)              # Pillow stops at 1 MiB by itself
+    Image.new("RGB", (64, 64)).save(tmp_path / "a.png", pnginfo=notes)
+    (tmp_path / "a.txt").write_text("a dog")
+    assert read_folder(tmp_path) == {"a.png": "a dog"}
 
 def test_what_cannot_be_used_is_counted_and_named(pipeline, own, capsys):
     cfg = own_config(pipeline, *own)
