@@ -74,7 +74,6 @@ class AdvConfig(DistillConfig):
         if self.featkd or self.accumulate != 1:
             raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
 
-# ---------------------------------------------------------------------------- the generator
 def noised(x0, t, g):
     """x_t with fresh noise: (B, C, H, W), t (B,)."""
     a = t[:, None, None, None]
@@ -331,7 +330,6 @@ def fake_score(cfg: AdvConfig, net, device):
             fake = real
     return fake.requires_grad_(True).train()
 
-# ---------------------------------------------------------------------------- the loop
 SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator", "lr")
 
 def distil(cfg: AdvConfig):

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 ROOT = Path(__file__).resolve().parent
 ASSETS = ROOT / "assets"
 
-# ---------------------------------------------------------------------------- errors
 class UserError(Exception):
     """Bad input. The message says in one line what is wrong and how to mend it."""
 @contextlib.contextmanager
@@ -55,9 +54,8 @@ def option(default, low=None, high=None, above=None, choices=None):
     return dataclasses.field(default=default, metadata=allowed)
 
 def fill(obj, values: dict, where: str = "config", prefix: str = ""):
-    """Sets the fields of a nested dataclass from a dict, and returns it.
-    UserError names an unknown key and its nearest neighbour, a wrong type, or a value out of range.
-    """
+    """Sets the fields of a nested dataclass from a dict, and returns it. UserError names an unknown
+    key and its nearest neighbour, a wrong type, or a value out of range."""
     if not isinstance(values, dict):
         raise UserError(f"{where}: '{prefix.rstrip('.')}' is a table of keys, not {values!r}")
     fields = {f.name: f for f in dataclasses.fields(obj)}
@@ -216,9 +214,8 @@ def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
     return x / world
 
 def use_bfloat16(amp: str, device: torch.device) -> bool:
-    """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions.
-    There it doubles the speed of training; on a CPU that only imitates it, it is many times slower.
-    """
+    """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions: it
+    doubles the speed of training there; on a CPU that imitates it, it is many times slower."""
     if amp != "auto":
         return amp == "bfloat16"
     if device.type == "cpu":
@@ -277,7 +274,6 @@ def provenance(seed: int = 0) -> dict:
     return {"commit": commit, "machine": f"{machine}, {os.cpu_count()} CPU cores",
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
-# ---------------------------------------------------------------------------- log
 def read_log(path) -> list[dict]:
     """Rows of a log.csv; [] where there is none. A row without a step (cut short) is dropped."""
     path = Path(path)

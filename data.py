@@ -2,8 +2,9 @@
 
     python data.py --show out.png           a sheet of scenes with their captions
     python data.py --export DIR 200 [192]   scenes as a folder of your own pictures, ten spoilt
-    python data.py --build-atlas DIR        packs the sprites (once; DIR is an unpacked
-                                            `npm pack @lobehub/fluent-emoji-3d@1.1.0`, MIT)
+    python data.py --speed                  scenes/s on one core
+    python data.py --build-atlas DIR        packs the sprites of an unpacked
+                                            `npm pack @lobehub/fluent-emoji-3d@1.1.0` (MIT)
 
 Scenes are drawn by scenes.py; your own pictures are read by pictures.py and cache.py.
 B batch | C latent channels | L tokens | H W pixels.
@@ -13,6 +14,7 @@ import hashlib
 import json
 import random
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -246,6 +248,13 @@ def main(argv):
             scenes = Scenes(128, "train"), Scenes(128, "test")
             pictures, captions = zip(*(scenes[k % 2][k] for k in range(48)))
             grid(pictures, captions, 8).save(path)
+        case ["--speed"]:
+            for size in (64, 128, 256):
+                scenes = Scenes(size, "train")
+                begin = time.time()
+                for i in range(1000):
+                    scenes[i]
+                print(f"{size} px: {1000 / (time.time() - begin):.0f} scenes/s on one core")
         case ["--export", folder, n, *size] if n.isdigit() and len(size) < 2:
             export_pictures(folder, int(n), *map(int, size))
         case _:

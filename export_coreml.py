@@ -130,7 +130,6 @@ def perturb(module, seed=0):
             p.copy_(torch.randn(p.shape, generator=g) * 0.3 * p[0].numel() ** -0.5)
     return module.eval().requires_grad_(False)
 
-# ----------------------------------------------------------------------------------------- gates
 def measure(path, part: Part, wanted) -> tuple[float, float, float]:
     """Executes a saved package on the part's cases -> dB of graph, dB of numerics, range."""
     package, graph, numerics, seen = Package(path), [], [], []

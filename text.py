@@ -51,7 +51,6 @@ def join_texts(texts: list[Text]) -> Text:
     pooled = None if texts[0].pooled is None else torch.cat([t.pooled for t in texts])
     return Text(emb, mask, pooled)
 
-# ---------------------------------------------------------------------------- tokens
 class Vocabulary:
     """A byte-pair encoding with <end> and <pad>. Bytes are tokens too, so any word can be written.
     data: the file `source`, in tiktoken's text format; pattern: cuts a caption into words."""
