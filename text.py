@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from common import ASSETS, UserError, attention, friendly, option
 
 VOCABULARY = ASSETS / "captions.tiktoken"
-PATTERN = r" ?[^\s\d]+| ?\d|\s+"            # a word or a digit, with the blank before it
+# a word or a digit, with the blank before it; a punctuation mark; blanks
+PATTERN = r" ?[^\s\d.,;:!?()\"&/]+| ?\d|[.,;:!?()\"&/]|\s+"
 
 class Tokens(NamedTuple):
     """Captions as the small encoder reads them."""
