@@ -19,7 +19,7 @@ from checkpoint import Run, load_checkpoint, load_into
 from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
 from decoder import to_tensor
 from optim import EMA, Learner, Muon, rate
-from scenes import CATEGORIES, COLOURS, NOUNS, Scene, Scenes
+from scenes import CATEGORIES, COLOURS, NOUNS, SEEN_GAP, Scene, Scenes
 
 SIZE, CELLS = 64, 16            # its own resolution: larger pictures are reduced to it
 NOUN_LIST, COLOUR_LIST = list(NOUNS), list(COLOURS)
@@ -166,7 +166,7 @@ def train_checker(cfg: CheckerConfig):
         if run.due():
             run.save()
             with ema.swapped():
-                shares = ceiling(net.eval(), Scenes(SIZE, "test", seed=5), 100)
+                shares, _ = ceiling(net.eval(), Scenes(SIZE, "test", seed=5), 100)
             net.train()
             print(f"step {run.step}: right verdicts on held-out renders: {shares}", flush=True)
             run.restart_clock()
@@ -201,37 +201,44 @@ def look(net: Checker, pictures, batch: int = 128):
             seen[i + b].append(Seen(noun, colour, x, y))
     return seen, torch.cat(features)
 
-def judge(scene: Scene, seen: list[Seen]) -> str:
-    """What is wrong with a picture of this scene, "" where nothing is, by GenEval's rules."""
+def judge(scene: Scene, seen: list[Seen], exact: bool = False) -> str:
+    """What is wrong with a picture of this scene, "" where nothing is, by GenEval's rules.
+    Those let further objects pass, and further ones of the asked kind where no number is named.
+    exact: the picture has what is asked for and nothing else."""
     asked = [group.noun for group in scene.groups]
     found = []
+    strangers = [o.noun for o in seen if o.noun not in asked]
+    if exact and strangers:
+        return f"{strangers[0]} was not asked for"
     for group in scene.groups:
         mine = [o for o in seen if o.noun == group.noun]
         if not mine:                    # at least one of each object
-            others = [o.noun for o in seen if o.noun not in asked]
-            return f"{group.noun} became {others[0]}" if others else f"{group.noun} is missing"
-        if scene.category in ("counting", "mixed") and len(mine) != group.count:
+            return f"{group.noun} became {strangers[0]}" if strangers else f"no {group.noun}"
+        counted = exact or scene.category in ("counting", "mixed")
+        if counted and len(mine) != group.count:
             return f"{group.count} became {len(mine)}"
         right = [o for o in mine if o.colour == group.colour or not group.colour]
-        if not right:
-            return f"{group.colour} became {mine[0].colour}"
+        if not right or (exact and len(right) < len(mine)):
+            wrong = next(o for o in mine if o not in right)
+            return f"{group.colour} became {wrong.colour}"
         found.append(right)
     if scene.relation:
         horizontal = scene.relation in ("left of", "right of")
         a, b = [np.mean([o.x if horizontal else o.y for o in mine]) for mine in found]
         gap = b - a if scene.relation in ("left of", "above") else a - b
-        if gap < 0.05:                  # centres on the right sides of each other
+        if gap < SEEN_GAP:              # centres on the right sides of each other
             return f"not {scene.relation}"
     return ""
 
-def ceiling(net, source: Scenes, n: int = 200) -> dict:
-    """Share of right verdicts on n real renders of each category."""
-    shares = {}
-    for category in CATEGORIES:
+def ceiling(net, source: Scenes, n: int = 200) -> tuple[dict, dict]:
+    """Shares of right and of exact verdicts on n real renders of each category."""
+    right, exact = {}, {}
+    for category in (*CATEGORIES, "three"):
         scenes = [source.scene(i, category) for i in range(n)]
         seen, _ = look(net, [source.render(scene) for scene in scenes])
-        shares[category] = list(map(judge, scenes, seen)).count("") / n
-    return shares
+        right[category] = sum(judge(*pair) == "" for pair in zip(scenes, seen)) / n
+        exact[category] = sum(judge(*pair, exact=True) == "" for pair in zip(scenes, seen)) / n
+    return right, exact
 
 if __name__ == "__main__":
     with friendly():

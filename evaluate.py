@@ -4,8 +4,10 @@
     python evaluate.py --ckpt DIR --fd 5000                  Frechet distance, precision and recall
     python evaluate.py --coreml BUNDLE --prompts 20 --each 1                 the files that ship
 
-As in GenEval, a detector (checker.py) looks for what each prompt asks for. Beside the score: its
-ceiling (the same check on real renders) and its floor (against another prompt's scene).
+As in GenEval, a detector (checker.py) looks for what each prompt asks for. Beside the score: the
+stricter `exact` (nothing else may be in the picture), the ceilings of both (the same check on real
+renders), and the floor (against another prompt's scene). "three" things are a seventh category,
+which the mean leaves out, so that scores compare with older ones.
 
 N M pictures | F features of each
 """
@@ -96,7 +98,8 @@ def health_warnings(h: dict) -> list[str]:
     return lines
 
 def summary(rights: list, shuffled) -> dict:
-    """Mean over `rights`, (prompts, pictures) each, and its 95 % interval by resampling prompts."""
+    """Mean over `rights`, (prompts, pictures) each, and its 95 % interval by resampling prompts.
+    shuffled: shares that are right against another prompt's scene."""
     rng = np.random.default_rng(0)
     means = [r.mean(1)[rng.integers(0, len(r), (2000, len(r)))].mean(1) for r in rights]
     low, high = map(float, np.percentile(np.mean(means, 0), (2.5, 97.5)))
@@ -108,19 +111,30 @@ def score(pictures, scenes: list[Scene], checker, each: int):
     seen, _ = look(checker, pictures)
     asked = [scene for scene in scenes for _ in range(each)]
     verdicts = list(map(judge, asked, seen))
-    scores, confusions, rights = {}, {}, []
+    exact = [judge(scene, objects, exact=True) for scene, objects in zip(asked, seen)]
+    scores, confusions, rights, exacts = {}, {}, {}, {}
     for category in dict.fromkeys(scene.category for scene in scenes):
         index = [i for i, scene in enumerate(asked) if scene.category == category]
-        right = np.array([verdicts[i] == "" for i in index], float).reshape(-1, each)
-        rights.append(right)
+        rights[category] = right_of(verdicts, index, each)
+        exacts[category] = right_of(exact, index, each)
         # each picture against the next prompt: a check that cannot fail is worth nothing
         moved = [asked[i] for i in index[each:] + index[:each]]
         shuffled = [judge(scene, seen[i]) == "" for i, scene in zip(index, moved, strict=True)]
-        scores[category] = summary([right], shuffled)
+        scores[category] = both_scores([rights[category]], [exacts[category]], shuffled)
         confusions[category] = Counter(filter(None, (verdicts[i] for i in index))).most_common(8)
-    scores["mean"] = summary(rights, [row["shuffled"] for row in scores.values()])
+    six = [category for category in scores if category != "three"]
+    scores["mean"] = both_scores([rights[c] for c in six], [exacts[c] for c in six],
+                                 [scores[c]["shuffled"] for c in six])
     confusions["mean"] = []
     return scores, verdicts, confusions
+
+def right_of(verdicts, index, each: int):
+    return np.array([verdicts[i] == "" for i in index], float).reshape(-1, each)
+
+def both_scores(rights, exacts, shuffled) -> dict:
+    strict = summary(exacts, shuffled)
+    strict = {"exact": strict["score"], "exact_low": strict["low"], "exact_high": strict["high"]}
+    return summary(rights, shuffled) | strict
 
 def contact_sheet(pictures, captions, verdicts, prompts, each):
     """The first prompts' first pictures, a row a category, framed green (right) or red (wrong)."""
@@ -152,7 +166,7 @@ def evaluate(a):
     source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"],
                      atlas=data["atlas"])
     test = source(seed=9)
-    scenes = [test.scene(i, category) for category in CATEGORIES for i in range(a.prompts)]
+    scenes = [test.scene(i, c) for c in (*CATEGORIES, "three") for i in range(a.prompts)]
     captions = [test.caption(scene, random.Random(i))
                 for i, scene in enumerate(scenes) for _ in range(a.each)]
     draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
@@ -160,12 +174,14 @@ def evaluate(a):
     pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
     scores, verdicts, confusions = score(pictures, scenes, checker, a.each)
-    top = ceiling(checker, source(seed=5))
-    top["mean"] = float(np.mean(list(top.values())))
+    top, exact_top = ceiling(checker, source(seed=5))
+    for shares in top, exact_top:
+        shares["mean"] = float(np.mean([shares[category] for category in CATEGORIES]))
     result = {
         "ckpt": a.coreml or a.ckpt, "step": config.get("step"), "steps": len(how["steps"]) - 1,
-        "cfg": how["cfg"], "sampler": how["sampler"], "prompts": a.prompts, "each": a.each,
-        "seconds": seconds, "scores": scores, "ceiling": top, "confusions": confusions,
+        "cfg": how["cfg"], "sampler": how["sampler"], "wording": "own",
+        "prompts": a.prompts, "each": a.each, "seconds": seconds, "scores": scores,
+        "ceiling": top, "exact_ceiling": exact_top, "confusions": confusions,
     } | provenance()
     print_table(result)
     if a.fd:
@@ -175,13 +191,16 @@ def evaluate(a):
     print(f"\n{folder}/score.json, {folder}/score.png")
 
 def print_table(result: dict):
-    print("{ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {prompts} prompts a category, "
+    print("{ckpt}, {steps} steps, {sampler}, cfg {cfg:g}: {prompts} {wording} prompts a category, "
           "{each} pictures each, {seconds:.3f} s a picture\n".format(**result))
-    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'shuffled':>8}  mistakes")
+    print(f"{'category':12} {'score':>6}  {'95 %':13} {'ceiling':>7} {'exact':>6}  {'95 %':13} "
+          f"{'ceiling':>7} {'shuffled':>8}  mistakes")
     for category, row in result["scores"].items():
         wrong = "; ".join(f"{what} ({n})" for what, n in result["confusions"][category][:3])
         print(f"{category:12} {row['score']:6.3f}  {row['low']:.3f} - {row['high']:.3f} "
-              f"{result['ceiling'][category]:7.3f} {row['shuffled']:8.3f}  {wrong}")
+              f"{result['ceiling'][category]:7.3f} {row['exact']:6.3f}  {row['exact_low']:.3f} - "
+              f"{row['exact_high']:.3f} {result['exact_ceiling'][category]:7.3f} "
+              f"{row['shuffled']:8.3f}  {wrong}")
 
 def distances(draw, checker, plain: Scenes, n: int) -> dict:
     """n pictures against n renders of the same scenes, and, as the floor, n other renders."""

@@ -2,11 +2,13 @@
 
 A scene is drawn from its index alone: an epoch is endless, any worker can draw any picture, and
 every machine draws the same. Six categories as in GenEval: single, two, counting, colors,
-position, attribution; "mixed" combines them all. One in ten (noun, colour), (noun, count),
-{noun, noun} and (noun, relation, noun) is held out by a hash: drawn for evaluation alone.
+position, attribution; "mixed" combines them all, "three" has three things. One in ten
+(noun, colour), (noun, count), {noun, noun} and (noun, relation, noun) is held out by a hash: drawn
+for evaluation alone. Training scenes neither name a held-out combination nor show one by chance.
 """
 import functools
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,6 +83,8 @@ PLAIN = ("on a {} background", "against a {} wall", "on {}")       # a colour fo
 CATEGORIES = ("single", "two", "counting", "colors", "position", "attribution")
 SHARE = {"single": 1.0, "two": 1.0, "counting": 1.5, "colors": 1.0, "position": 1.5,
          "attribution": 1.5, "mixed": 1.0}      # counting is the hardest
+THREE_SHARE = 1.5       # of three things, in training scenes alone
+SEEN_GAP = 0.05         # centres this far apart, in pictures, show a relation
 
 @dataclass
 class Group:
@@ -99,24 +103,45 @@ class Scene:
 
     def facets(self) -> list[str]:
         """The combinations that can be held out: a model knows them only by composing."""
-        out = []
+        nouns = [g.noun for g in self.groups]
+        out = ["&".join(sorted(pair)) for pair in itertools.combinations(nouns, 2)]
         for g in self.groups:
             if g.colour:
                 out.append(f"{g.noun}|{g.colour}")
             if g.count > 1:
                 out.append(f"{g.noun}|{g.count}")
-        if len(self.groups) == 2:
-            a, b = (g.noun for g in self.groups)
-            out.append("&".join(sorted((a, b))))
-            if self.relation in ("left of", "above"):
-                out.append(f"{a}|{self.relation}|{b}")
-            elif self.relation:
-                out.append(f"{b}|{INVERSE[self.relation]}|{a}")
+        if self.relation:
+            out.append(relation_facet(*nouns, self.relation))
         return out
 
     def held_out(self) -> bool:
-        """By a hash, so that it is the same everywhere; 26 / 256 = 10 % of all facets are."""
-        return any(hashlib.sha256(f.encode()).digest()[0] < 26 for f in self.facets())
+        return any(map(is_held_out, self.facets()))
+
+    def centre(self, k: int) -> np.ndarray:
+        """Mean place (x, y) of the objects of group k."""
+        places = [(x + side / 2, y + side / 2) for g, x, y, side in self.objects if g == k]
+        return np.mean(places, 0)
+
+    def shows_held_out(self) -> bool:
+        """Whether two groups show a held-out relation, as the checker would read it."""
+        for a, b in itertools.permutations(range(len(self.groups)), 2):
+            right, down = self.centre(b) - self.centre(a)
+            for gap, relation in (right, "left of"), (down, "above"):
+                facet = relation_facet(self.groups[a].noun, self.groups[b].noun, relation)
+                if gap >= SEEN_GAP and is_held_out(facet):
+                    return True
+        return False
+
+def relation_facet(a: str, b: str, relation: str) -> str:
+    """One name for "a right of b" and "b left of a"."""
+    if relation in ("right of", "below"):
+        return relation_facet(b, a, INVERSE[relation])
+    return f"{a}|{relation}|{b}"
+
+@functools.lru_cache(None)
+def is_held_out(facet: str) -> bool:
+    """By a hash, so that it is the same everywhere; 26 / 256 = 10 % of all facets are."""
+    return hashlib.sha256(facet.encode()).digest()[0] < 26
 
 # ---------------------------------------------------------------------------- sprites
 ATLAS = ASSETS / "atlas.webp"
@@ -212,13 +237,27 @@ class Scenes:
         return self.render(s), self.caption(s, random.Random(f"caption/{self.seed}/{i}"))
 
     def scene(self, i: int, category: str = "") -> Scene:
+        """Scene number i, of this category or of a random one.
+        Held-out scenes without a category have no three things, so that held-out loss and Frechet
+        distance are measured on the same scenes as ever."""
         rng = random.Random(f"{self.seed}/{self.split}/{i}")
-        category = category or rng.choices(list(SHARE), list(SHARE.values()))[0]
+        training = self.split == "train"
+        share = dict(SHARE)
+        if training and len(self.nouns) > 2:
+            share["three"] = THREE_SHARE
+        category = category or rng.choices(list(share), list(share.values()))[0]
         for _ in range(1000):
             s = self.compose(rng, category)
-            if category == "single" or s.held_out() == (self.split == "test"):
-                break               # one noun alone is no combination: only the seeds differ
-        place_objects(s, rng, 0.35 if self.layout == "slots" else 1.0)
+            if training and len(s.groups) == 2 and not s.relation and rng.random() < 0.5:
+                s.relation = rng.choice(list(RELATIONS))    # captions that say more teach more
+            # one noun alone is no combination: only the seeds differ
+            if category != "single" and s.held_out() == training:
+                continue
+            place_objects(s, rng, 0.35 if self.layout == "slots" else 1.0)
+            if not (training and s.shows_held_out()):
+                break
+        if not s.objects:           # so few nouns that every pair is held out
+            place_objects(s, rng, 0)
         s.seed = rng.getrandbits(31)
         return s
 
@@ -239,6 +278,8 @@ class Scenes:
                 s.groups, s.relation = [Group(a), Group(b)], relation
             case "attribution":
                 s.groups = [Group(a, c), Group(b, d)]
+            case "three":
+                s.groups = [Group(noun) for noun in rng.sample(self.nouns, 3)]
             case "mixed":
                 s.groups = []
                 for noun, colour in ((a, c), (b, d))[:rng.choice((1, 2, 2))]:
@@ -258,7 +299,9 @@ class Scenes:
         if len(g) == 2 and rng.random() < 0.5:      # "a dog left of a car": "a car right of a dog"
             g, relation = g[::-1], INVERSE.get(relation, "")
         text = word_group(g[0], rng)
-        if len(g) == 2:
+        if len(g) == 3:
+            text += f", {word_group(g[1], rng)} and {word_group(g[2], rng)}"
+        elif len(g) == 2:
             if relation:
                 between = f" {rng.choice(RELATIONS[relation])} "
             else:
@@ -304,7 +347,9 @@ def word_group(g: Group, rng: random.Random) -> str:
 def place_objects(s: Scene, rng, freedom: float):
     """Puts objects into a scene. Each group gets a part of the picture, cut where the relation
     says, and in it each object gets a cell of the grid that leaves the objects largest."""
-    regions = cut_in_two(s, rng) if len(s.groups) == 2 else [(0, 0, 1, 1)]
+    regions = [(0, 0, 1, 1)]
+    if len(s.groups) > 1:
+        regions = cut_in_two(s, rng) if len(s.groups) == 2 else cut_in_three(rng)
     for k, (x0, y0, w, h) in enumerate(regions):
         n = s.groups[k].count
         grids = [(min(w / c, h / -(-n // c)), rng.random(), -c) for c in range(1, n + 1)]
@@ -330,6 +375,16 @@ def cut_in_two(s: Scene, rng) -> list[tuple]:
     if axis == 1:
         first, second = (0, 0, 1, share), (0, share, 1, 1 - share)
     return [second, first] if flip else [first, second]
+
+def cut_in_three(rng) -> list[tuple]:
+    """One half of the picture and two quarters, the half on any side."""
+    half = rng.choice((0, 0.5))
+    other = 0.5 - half
+    regions = [(half, 0, 0.5, 1), (other, 0, 0.5, 0.5), (other, 0.5, 0.5, 0.5)]
+    if rng.random() < 0.5:
+        regions = [(y, x, h, w) for x, y, w, h in regions]
+    rng.shuffle(regions)
+    return regions
 
 def background(name: str, size: int, rng) -> np.ndarray:
     """uint8 (size, size, 3): bands of gradients; stars at night, bubbles under water."""
