@@ -1,6 +1,7 @@
 """Scores a text-to-picture checkpoint on held-out scenes, and measures its Frechet distance.
 
     python evaluate.py --ckpt DIR [--steps 28] [--cfg 4]     DIR/score.json and DIR/score.png
+    python evaluate.py --ckpt DIR --wording wide             prompts in free English
     python evaluate.py --ckpt DIR --fd 5000                  Frechet distance, precision and recall
     python evaluate.py --coreml BUNDLE --prompts 20 --each 1                 the files that ship
 
@@ -35,6 +36,7 @@ from model import load_model
 from plots import grid
 from sample import SAMPLERS, generate, sampling
 from scenes import CATEGORIES, Scene, Scenes
+from wording import wide
 
 def frechet(a, b) -> float:
     """Distance of Gaussians fitted to features (N, F) and (M, F) (Heusel et al. 2017, eq. 6)."""
@@ -167,7 +169,8 @@ def evaluate(a):
                      atlas=data["atlas"])
     test = source(seed=9)
     scenes = [test.scene(i, c) for c in (*CATEGORIES, "three") for i in range(a.prompts)]
-    captions = [test.caption(scene, random.Random(i))
+    word = wide if a.wording == "wide" else test.caption
+    captions = [word(scene, random.Random(i))
                 for i, scene in enumerate(scenes) for _ in range(a.each)]
     draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
     begin = time.time()
@@ -179,7 +182,7 @@ def evaluate(a):
         shares["mean"] = float(np.mean([shares[category] for category in CATEGORIES]))
     result = {
         "ckpt": a.coreml or a.ckpt, "step": config.get("step"), "steps": len(how["steps"]) - 1,
-        "cfg": how["cfg"], "sampler": how["sampler"], "wording": "own",
+        "cfg": how["cfg"], "sampler": how["sampler"], "wording": a.wording,
         "prompts": a.prompts, "each": a.each, "seconds": seconds, "scores": scores,
         "ceiling": top, "exact_ceiling": exact_top, "confusions": confusions,
     } | provenance()
@@ -230,6 +233,8 @@ def parse_evaluation(argv):
     p.add_argument("--sampler", choices=SAMPLERS, help="default: few_steps', else dpmpp")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
+    p.add_argument("--wording", choices=("own", "wide"), default="own",
+                   help="the grammar's own words, or free English (wording.py)")
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: --ckpt")

@@ -293,7 +293,8 @@ class Scenes:
             s.background = rng.choice(colours if rng.random() < 0.6 else list(PLACES))
         return s
 
-    def caption(self, s: Scene, rng: random.Random) -> str:
+    @staticmethod
+    def caption(s: Scene, rng: random.Random) -> str:
         """One of many wordings: synonyms, order, articles, digits, background first or last."""
         g, relation = s.groups, s.relation
         if len(g) == 2 and rng.random() < 0.5:      # "a dog left of a car": "a car right of a dog"
