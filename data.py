@@ -32,6 +32,7 @@ from decoder import encode_pictures
 from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
 from text import Text, Tokens, Vocabulary, on_device
+from wording import training_caption
 
 @dataclass
 class DataConfig:
@@ -161,12 +162,13 @@ def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
         scenes, captions = scenes_of(cfg.data), []
         for i in tqdm(range(n), f"word {n} train scenes", unit="scene", disable=n < 5000):
             rng, scene = random.Random(f"{cfg.seed}/{i}"), scenes.scene(i)
-            captions += [scenes.caption(scene, rng) for _ in range(WORDINGS)]
-        ids, mask = vocabulary.tokenize(captions, cfg.text.max_tokens)
+            captions += [training_caption(scene, rng) for _ in range(WORDINGS)]
+        ids, mask = vocabulary.tokenize(captions, cfg.text.max_tokens, cut=True)
         return {"ids": ids.short().unflatten(0, (n, WORDINGS)),
                 "lengths": mask.sum(1).short().unflatten(0, (n, WORDINGS))}
 
     words = hashlib.sha256(vocabulary.data).hexdigest(), vocabulary.pattern
+    words += ((ROOT / "wording.py").read_text(encoding="utf-8"),)
     key = content_key(cfg.data, *words, cfg.text.max_tokens, cfg.seed, n)
     return kept_tensors(Path(cfg.data.cache) / f"words-{n}-{key}.safetensors", make)
 

@@ -160,9 +160,9 @@ UPWARDS = entries("""{t} {v}above {l}, {t} {v}over {l}, {t} {v}on top of {l}, {t
 UPWARDS += ["{l}, and above it {t}", "above {l}, {t}", "at the top {t}, at the bottom {l}",
             "top: {t}, bottom: {l}"]
 DOWNWARDS = entries("""{l} {v}below {t}, {l} {v}under {t}, {l} {v}beneath {t},
-    {l} {v}underneath {t}, {t} with {l} below it, {t} with {l} underneath, {t} and below it {l}, under {t} is {l},
-    beneath {t} there is {l}, {l} at the bottom and {t} at the top, {l} hiding under {t},
-    {t} with {l} beneath it, {l} down below {t}""")
+    {l} {v}underneath {t}, {t} with {l} below it, {t} with {l} underneath, {t} and below it {l},
+    under {t} is {l}, beneath {t} there is {l}, {l} at the bottom and {t} at the top,
+    {l} hiding under {t}, {t} with {l} beneath it, {l} down below {t}""")
 DOWNWARDS += ["{t}, and under it {l}", "below {t}, {l}"]
 JOINS = (" and | and | and | with | next to | beside | near | together with | alongside | plus |"
     " & | by | along with |, | holding | and also | and then | accompanied by | close to |, and |"
