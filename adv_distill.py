@@ -30,7 +30,7 @@ from common import UserError, autocast, fill, friendly, option, read_config, set
 from costs import tap_names, tap_shape
 from data import Batch, Batches, seeded
 from decoder import to_pictures
-from distill import Distill, DistillConfig, Teacher, find_teacher, teacher_text
+from distill import Distill, DistillConfig, Teacher, check_size, find_teacher, teacher_text
 from evaluate import health_warnings, latents_health
 from model import count_params, load_model
 from optim import EMA, Learner, Muon, average_gradients, rate
@@ -335,6 +335,7 @@ SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generato
 def distil(cfg: AdvConfig):
     device, rank, world = setup(cfg.device)
     net, student = load_model(cfg.init, device)
+    check_size(cfg, student, cfg.init)
     own = {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}
     fill(cfg, own, cfg.init)
     cfg.teacher = cfg.teacher or cfg.init

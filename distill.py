@@ -93,6 +93,13 @@ def teacher_text(cfg: DistillConfig) -> TextConfig | None:
     return TextConfig(kind="sd3", width=teacher_network(cfg.teacher).context_dim,
                       folder=str(where), leave_out=[] if cfg.teacher_t5 else ["t5"])
 
+def check_size(cfg: DistillConfig, config: dict, where):
+    """UserError where a checkpoint draws pictures of another size than cfg trains on."""
+    size = config.get("data", {}).get("size", cfg.data.size)
+    if size != cfg.data.size:
+        raise UserError(f"{where} draws {size} px pictures, data.size={cfg.data.size}: set "
+                        f"data.size={size}, or take a checkpoint of {cfg.data.size} px")
+
 class Teacher:
     """A frozen denoiser in bfloat16 on CUDA, with its own text encoder or a cache's text states.
     It is no nn.Module, so that the objective that holds it neither trains it, nor saves it, nor
@@ -123,6 +130,7 @@ class Teacher:
 
     def load_ours(self, cfg: DistillConfig, where, device):
         net, config = load_model(where, device)
+        check_size(cfg, config, cfg.teacher)
         net = net.to(self.dtype)
         self.text = net.text
         self.vocabulary = net.vocabulary

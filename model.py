@@ -16,7 +16,16 @@ from torch.utils.checkpoint import checkpoint
 from checkpoint import check_file, load_checkpoint, load_into, resolve
 from common import UserError, attention, fill, option
 from mmdit import MMDiT, MMDiTConfig
-from text import Text, TextConfig, TextEncoder, Tokens, load_encoders, load_vocabulary, on_device
+from text import (
+    FIRST_PATTERN,
+    Text,
+    TextConfig,
+    TextEncoder,
+    Tokens,
+    load_encoders,
+    load_vocabulary,
+    on_device,
+)
 
 @dataclass
 class UNetConfig:
@@ -385,11 +394,17 @@ def load_model(path, device="cpu", ema=True) -> tuple[TextToLatents, dict]:
     folder = resolve(path)
     config, state = load_checkpoint(folder, ("model", "ema"))
     network = network_of(config, path)
-    text_cfg = fill(TextConfig(), config["text"], str(path))
-    vocabulary = None                       # that of assets/, which all had before version 0.2.0
-    if "captions.tiktoken" in config.get("crc32", {}):
-        file = check_file(folder, config, "captions.tiktoken")
-        vocabulary = load_vocabulary(file, text_cfg.pattern)
+    text_cfg = fill(TextConfig(pattern=FIRST_PATTERN), config["text"], str(path))
+    file = folder / "captions.tiktoken"
+    if file.exists() or file.name in config.get("crc32", {}):
+        vocabulary = load_vocabulary(check_file(folder, config, file.name), text_cfg.pattern)
+    else:
+        vocabulary = load_vocabulary(pattern=text_cfg.pattern)
+    tokens = state["model"].get("text.token.weight", range(vocabulary.size))
+    if len(tokens) != vocabulary.size:
+        raise UserError(f"{path} reads {len(tokens)} tokens, {vocabulary.source} has "
+                        f"{vocabulary.size}: copy the captions.tiktoken that it was trained with "
+                        f"into {folder}")
     net = TextToLatents(network, text_cfg, vocabulary)
     average = state.get("ema", {}) if ema else {}       # without buffers: they are not averaged
     load_into(net, {**state["model"], **average}, str(path))

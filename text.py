@@ -24,11 +24,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from checkpoint import check_file, load_checkpoint, resolve
 from common import ASSETS, UserError, attention, friendly, option
 
 VOCABULARY = ASSETS / "captions.tiktoken"
 # a word or a digit, with the blank before it; a punctuation mark; blanks
 PATTERN = r" ?[^\s\d.,;:!?()\"&/]+| ?\d|[.,;:!?()\"&/]|\s+"
+
+FIRST_PATTERN = r" ?[^\s\d]+| ?\d|\s+"      # of checkpoints that name none
 
 class Tokens(NamedTuple):
     """Captions as the small encoder reads them."""
@@ -63,7 +66,7 @@ class Vocabulary:
                 raise ValueError("it lacks tokens")
         except ValueError as e:
             raise UserError(f"{source} is damaged ({e}): restore it with git") from None
-        self.data, self.pattern = data, pattern
+        self.data, self.pattern, self.source = data, pattern, source
         self.end, self.pad, self.size = len(ranks), len(ranks) + 1, len(ranks) + 2
         self.encoding = tiktoken.Encoding(
             "captions", pat_str=pattern, mergeable_ranks=ranks,
@@ -106,6 +109,13 @@ def load_vocabulary(path: Path = VOCABULARY, pattern: str = PATTERN) -> Vocabula
     except FileNotFoundError:
         raise UserError(f"{path} is missing: restore it with git") from None
 
+def load_taught(path) -> tuple[Vocabulary, dict]:
+    """The vocabulary and the weights of the encoder that train_text.py left at path."""
+    folder = resolve(path)
+    config, state = load_checkpoint(folder)
+    file = check_file(folder, config, "captions.tiktoken")
+    return load_vocabulary(file, config["text"]["pattern"]), state["model"]
+
 def train_bpe(captions: list[str], size: int) -> bytes:
     """Byte-pair encoding (Sennrich et al. 2016): merges the most frequent pair of tokens, until
     there are `size` tokens. Returns them in tiktoken's text format."""
@@ -137,6 +147,7 @@ class TextConfig:
     layers: int = option(3, low=1)
     heads: int = option(6, low=1)
     max_tokens: int = option(64, low=2)
+    init: str = ""              # a taught encoder (train_text.py), from which a new run starts
     vocabulary: int = option(0, low=0)          # tokens; 0: those of assets/captions.tiktoken
     pattern: str = PATTERN
     # For published ones: a directory or hub id in SD3's layout (text_encoder, tokenizer,

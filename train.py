@@ -37,7 +37,7 @@ from model import TextToLatents, UNetConfig, count_params, load_model
 from optim import EMA, Learner, Muon, rate
 from sample import generate, shift_time
 from scenes import CATEGORIES
-from text import TextConfig, on_device
+from text import TextConfig, load_taught, on_device
 
 @dataclass
 class FlowConfig:
@@ -175,9 +175,7 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     device, rank, world = setup(cfg.device)
     bfloat16 = use_bfloat16(cfg.amp, device)
     torch.manual_seed(cfg.seed)
-    net = TextToLatents(cfg.network, cfg.text).to(device)
-    if cfg.init:
-        load_into(net, load_model(cfg.init, device)[0].state_dict(), cfg.init)
+    net = first_network(cfg).to(device)
     objective = make_objective(net).to(device)
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
     ema = EMA(net, cfg.ema)
@@ -220,6 +218,19 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
         save_gif(run.out)
         print(f"done: {run.out}/final, samples_{run.step:07d}.png, loss.png; try "
               f"`python sample.py \"{prompts[0]}\" --ckpt {run.out}`")
+
+def first_network(cfg: TrainConfig) -> TextToLatents:
+    """The network that a new run starts from: cfg.init, or new with the text encoder text.init."""
+    if cfg.init:
+        start, _ = load_model(cfg.init)
+        net = TextToLatents(cfg.network, cfg.text, start.vocabulary)
+        return load_into(net, start.state_dict(), cfg.init)
+    if not cfg.text.init:
+        return TextToLatents(cfg.network, cfg.text)
+    vocabulary, state = load_taught(cfg.text.init)
+    net = TextToLatents(cfg.network, cfg.text, vocabulary)
+    load_into(net.text, {k: v.float() for k, v in state.items()}, f"text.init={cfg.text.init}")
+    return net
 
 def wrapped(cfg: TrainConfig, objective, net, device, world: int):
     """The objective as the loop calls it: compiled, and averaging gradients over processes."""
