@@ -7,7 +7,7 @@
 Contents
     helpers, fixtures                                tiny networks; a tiny run of each stage
     model.py, mmdit.py, decoder.py, costs.py         sizes, forms, gradients, parity with diffusers
-    scenes.py, data.py, text.py, pictures.py, cache.py      what is drawn, worded, read, kept
+    scenes.py, wording.py, data.py, text.py, pictures.py, cache.py      what is drawn, said, kept
     train_decoder.py, checker.py, evaluate.py, plots.py     the autoencoder's training; the score
     common.py, checkpoint.py, optim.py               configs, saving, the optimiser
     train.py, distill.py, adv_distill.py, sample.py  the stages: resuming, losses, samplers
@@ -61,6 +61,7 @@ import scenes
 import text
 import train
 import train_decoder
+import wording
 from common import ASSETS, ROOT, UserError
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")           # of processes that tests start
@@ -198,7 +199,8 @@ def tiny_encoders(folder, third="t5"):
 TINY_RUN = [  # a training of seconds: `python train.py ..` on a CPU
     "model.widths=[16,32]", "model.depth_down=[0,1]", "model.depth_up=[1,0]", "model.res_down=1",
     "model.self_attn=[false,true]", "model.head_dim=16", "model.groups=8", "model.context_dim=32",
-    "model.time_dim=32", "model.time_freqs=32", "text.width=32", "text.layers=1", "text.heads=2",
+    "model.time_dim=32", "model.time_freqs=32", "text.init=", "text.width=32", "text.layers=1",
+    "text.heads=2",
     "data.pictures=32", "data.workers=0", "steps=4", "batch=4", "warmup=2", "log_every=1",
     "eval_every=2", "val_pictures=8", "samples=2", "sample_steps=1", "amp=float32", "device=cpu",
 ]
@@ -368,16 +370,18 @@ def test_a_checkpoint_reads_its_own_vocabulary(tmp_path):
     assert loaded.vocabulary.data == own.data
     assert same_tensors(loaded.state_dict(), net.state_dict())
     save_model(tmp_path / "b", net)                     # without a vocabulary: read by assets/'s
-    with pytest.raises(UserError, match=f"but text.vocabulary={own.size}"):
+    with pytest.raises(UserError, match=f"reads {own.size} tokens, .* has 2002: copy the captions"):
         model.load_model(tmp_path / "b")
+    (tmp_path / "b/captions.tiktoken").write_bytes(own.data)
+    assert model.load_model(tmp_path / "b")[0].vocabulary.data == own.data
 
 @pytest.mark.parametrize("name, total, std", [
-    ("fast", -61.8685, 1.15062), ("scenes", -93.5481, 1.19828)])
+    ("fast", 160.7063, 1.29425), ("scenes", -212.7420, 1.40534)])
 def test_shipped_weights_draw_the_same_latents_as_ever(name, total, std):
     net, config = model.load_model(ASSETS / name)
-    how = sample.sampling(config, None if name == "fast" else 8)
+    how = sample.sampling(config, 4)
     captions = ["a red car", "three snails left of a tree"]
-    z = torch.stack(sample.generate(net, None, captions, [0, 1], 64, **how))
+    z = torch.stack(sample.generate(net, None, captions, [0, 1], 128, **how))
     assert z.sum().item() == pytest.approx(total, abs=0.01)
     assert z.std().item() == pytest.approx(std, abs=1e-4)
 
@@ -455,27 +459,31 @@ def test_activations_are_what_a_real_pass_keeps(arch, amp):
     assert layer == greediest < less < 0.7 * total
 # ---------------------------------------------------------------------------- scenes.py, data.py
 def test_scenes_and_captions_stay_what_they_were():
-    """The shipped weights are trained and scored on these very scenes."""
+    """All weights are scored on these very scenes."""
     import zlib
     digest = 0
-    for layout, split in (("slots", "train"), ("free", "test")):
-        s = scenes.Scenes(64, split, layout=layout)
+    for layout, category in (("slots", ""), ("free", ""), ("free", "attribution")):
+        s = scenes.Scenes(64, "test", layout=layout)
         for i in range(200):
-            scene = s.scene(i)
+            scene = s.scene(i, category)
             digest = zlib.crc32(f"{scene} {s.caption(scene, random.Random(i))}".encode(), digest)
-    assert digest == 2766817297
+    assert digest == 3203371240
     picture, _ = scenes.Scenes(64)[0]           # three drums on a blue background
     assert picture.mean((0, 1)) == pytest.approx([97.3, 116.7, 205.2], abs=0.5)
 
 def test_held_out_combinations_are_never_trained_on():
     train_set, test_set = scenes.Scenes(split="train"), scenes.Scenes(split="test")
+    shown = 0
     for i in range(400):
-        assert not train_set.scene(i).held_out()
+        scene = train_set.scene(i)              # its captions say what is in it, and nothing else
+        assert not scene.held_out() and not scene.shows_held_out()
         scene = test_set.scene(i)
+        shown += scene.shows_held_out()
         assert scene.held_out() or scene.category == "single"
     a, b = scenes.Group("dog"), scenes.Group("car")
     inverse = scenes.Scene("position", [b, a], "right of")
     assert scenes.Scene("position", [a, b], "left of").facets() == inverse.facets()
+    assert shown > 40                           # the test can fail
 
 def test_objects_are_where_the_relation_says():
     s = scenes.Scenes(nouns=12)
@@ -496,6 +504,55 @@ def test_captions_name_what_is_drawn_in_many_ways():
     assert {"a brown panda left of two pink eggplants",
             "2 pink eggplants right of a brown panda"} <= wordings
 
+def test_training_scenes_name_relations_and_have_three_things():
+    s = scenes.Scenes(split="train", layout="free")
+    found = [s.scene(i) for i in range(600)]
+    two = [scene for scene in found if scene.category in ("two", "attribution")]
+    assert 0.4 < np.mean([scene.relation != "" for scene in two]) < 0.6
+    three = [scene for scene in found if scene.category == "three"]
+    assert 60 < len(three) < 150
+    for scene in three:
+        assert len(scene.objects) == len({g.noun for g in scene.groups}) == 3
+        assert all(g.noun in s.caption(scene, random.Random(0)) or g.noun in scenes.SYNONYMS
+                   for g in scene.groups)
+    assert not any(scenes.Scenes(split="test").scene(i).category == "three" for i in range(300))
+
+# ---------------------------------------------------------------------------- wording.py
+def test_free_english_says_what_is_in_the_scene():
+    s = scenes.Scenes(split="train")
+    for i in range(400):
+        scene = s.scene(i)
+        for k in range(3):
+            rng = random.Random(f"{i}/{k}")
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(wording, "misspell", lambda text, rng: text)
+                said = wording.wide(scene, rng)
+            for g in scene.groups:
+                assert any(n in said for n in wording.names(g.noun, g.count > 1)), said
+                shades = [g.colour, *wording.SHADES.get(g.colour, ())]
+                assert any(shade in said for shade in shades), said
+            if scene.relation in ("left of", "right of"):
+                assert re.search("left|right", said), said
+
+def test_the_side_that_free_english_says_is_the_scenes():
+    dog, car = scenes.Group("dog"), scenes.Group("tractor")
+    scene = scenes.Scene("position", [dog, car], "left of")
+    said = {wording.wide(scene, random.Random(i)) for i in range(20000)}
+    assert {"a dog left of a tractor", "a tractor to the right of a dog"} <= said
+    assert not {"a dog right of a tractor", "a tractor left of a dog"} & said
+    assert any(re.fullmatch("on the left a (dog|puppy), on the right a tractor", x) for x in said)
+
+def test_plurals_and_other_names():
+    assert wording.plural("school bus") == "school buses"
+    assert wording.plural("slice of pizza") == "slices of pizza"
+    assert wording.names("cat") == ["cat", "kitten", "kitty"]
+    assert "kitties" in wording.names("cat", many=True)
+    known = {word for noun in scenes.NOUNS for n in wording.names(noun) for word in n.split()}
+    assert not known & set(wording.COMMON) and not set(scenes.COLOURS) & set(wording.COMMON)
+    every = [n for noun in scenes.NOUNS for n in wording.names(noun)]
+    assert len(every) == len(set(every))                # no name is two things
+
+# ---------------------------------------------------------------------------- scenes.py, data.py
 def test_own_sprites_are_drawn_in_any_process(tmp_path):
     import pickle
     Image.new("RGBA", (40, 20), (200, 0, 0, 255)).save(tmp_path / "blob.png")
@@ -529,7 +586,7 @@ def test_batches_word_their_scenes_and_drop_some(pipeline, tmp_path):
     assert 0.15 < sum(words.count("") for words in seen.values()) / 512 < 0.35
     for i, words in seen.items():
         rng, scene = random.Random(f"{cfg.seed}/{i}"), s.scene(i)
-        own = {s.caption(scene, rng).lower() for _ in range(data.WORDINGS)}
+        own = {wording.training_caption(scene, rng).lower() for _ in range(data.WORDINGS)}
         assert len(words) == 8 and set(words) - {""} <= own
 
 def test_other_scenes_are_kept_under_another_key(tmp_path, monkeypatch):
@@ -809,7 +866,7 @@ def on_noise(monkeypatch):
     """Trainings without scenes to draw and without evaluations: a second each."""
     monkeypatch.setattr(train_decoder, "pictures_of", lambda *a: noise)
     monkeypatch.setattr(train_decoder, "reconstruct", lambda *a: (0.0, [(noise(0, 8),) * 2]))
-    monkeypatch.setattr(checker, "ceiling", lambda *a: {"single": 1.0})
+    monkeypatch.setattr(checker, "ceiling", lambda *a: ({"single": 1.0}, {}))
 
 def train_tiny(module, out, *args):
     """The tensors that four steps leave: of train_decoder, with the GAN from 2 on, or checker."""
@@ -926,11 +983,11 @@ def test_a_perfect_checker_knows_right_from_wrong(nouns, layout):
     assert rows["mean"]["shuffled"] < 0.15 and not any(confusions.values())
 
 def test_the_shipped_checker_reads_held_out_renders():
-    top = checker.ceiling(checker.load_checker(), scenes.Scenes(64, "test", seed=5), 20)
-    assert min(top.values()) >= 0.93 and np.mean(list(top.values())) >= 0.98, top
+    for top in checker.ceiling(checker.load_checker(), scenes.Scenes(64, "test", seed=5), 20):
+        assert min(top.values()) >= 0.93 and np.mean(list(top.values())) >= 0.98, top
 
 @pytest.mark.parametrize("category, wrong, words", [
-    ("single", lambda o: o[:0], "is missing"),
+    ("single", lambda o: o[:0], "no "),
     ("single", lambda o: [replace(x, noun="ghost") for x in o], "became ghost"),
     ("counting", lambda o: o[1:], "became"),
     ("colors", lambda o: [replace(x, colour="no") for x in o], "became no"),
@@ -943,6 +1000,19 @@ def test_each_kind_of_mistake_is_called_one(category, wrong, words):
     seen, _ = checker.look(oracle(asked), [noise(0, 64)] * 20)
     for scene, objects in zip(asked, seen):
         assert checker.judge(scene, objects) == "" and words in checker.judge(scene, wrong(objects))
+
+def test_exact_wants_nothing_else():
+    dog, cat = (checker.Seen(noun, "red", 0.3, 0.5) for noun in ("dog", "cat"))
+    for scene, seen, wrong in (
+            (scenes.Scene("single", [scenes.Group("dog")]), [dog, cat], "cat was not asked for"),
+            (scenes.Scene("single", [scenes.Group("dog")]), [dog, dog], "1 became 2"),
+            (scenes.Scene("counting", [scenes.Group("dog", count=2)]), [dog, dog, cat], "cat was"),
+            (scenes.Scene("colors", [scenes.Group("dog", "red")]),
+             [dog, replace(dog, colour="blue")], "1 became 2")):
+        assert checker.judge(scene, seen) == ""
+        assert wrong in checker.judge(scene, seen, exact=True)
+        kept = seen[:scene.groups[0].count]
+        assert checker.judge(scene, kept, exact=True) == ""
 
 # ---------------------------------------------------------------------------- evaluate.py
 def test_distances_have_their_closed_forms():
@@ -958,7 +1028,8 @@ def test_the_interval_is_of_prompts():
     assert row["score"] == 0.5 and 0.38 < row["low"] < 0.43 and 0.57 < row["high"] < 0.62
 
 def test_a_checkpoint_is_scored_and_its_json_is_whole(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "ceiling", lambda *a: dict.fromkeys(scenes.CATEGORIES, 1.0))
+    top = dict.fromkeys((*scenes.CATEGORIES, "three"), 1.0)
+    monkeypatch.setattr(evaluate, "ceiling", lambda *a: (dict(top), dict(top)))
     words = "--ckpt assets/fast --prompts 1 --each 1 --steps 1 --fd 4 --device cpu --out"
     evaluate.evaluate(evaluate.parse_evaluation([*words.split(), str(tmp_path / "a/b")]))
     result = json.loads((tmp_path / "a/b/score.json").read_text())
@@ -1794,7 +1865,7 @@ def test_dreamlite_equals_diffusers(tmp_path):
      ["8 pictures", "add batch=2"]),
     ("train.py --cache data.folder={tmp}/none", ["no folder"]),
     ("distill.py teacher=runs/nowhere device=cpu out={tmp}", ["no teacher at 'runs/nowhere'"]),
-    ("sample.py dog --size 50", ["multiples of 16"]),
+    ("sample.py dog --size 50", ["multiples of 32"]),
     ("sample.py dog --device gpu", ["unknown device 'gpu'"]),
     ("sample.py dog -o no/dir/x.png", ["no/dir", "does not exist"]),
     ("sample.py dog --coreml assets/scenes", ["assets/scenes"]),
@@ -1805,10 +1876,10 @@ def test_bad_input_gets_one_clear_line(words, said, tmp_path):
 def test_the_first_commands_of_the_readme_draw(tmp_path):
     words = ["--device", "cpu", "-o", tmp_path / "out.png"]
     said = succeeds("sample.py", "a red car", *words)
-    assert "1 pictures of 64x64" in said and "(euler, guidance 1, 4 steps at" in said
+    assert "1 pictures of 256x256" in said and "(euler, guidance 1, 4 steps at" in said
     assert np.asarray(Image.open(tmp_path / "out.png")).std() > 10
     said = succeeds("sample.py", "a dog", "a cat", "-n", 2, "--base", "--steps", 2, *words)
-    assert "4 pictures of 64x64" in said and "(dpmpp, guidance 4, 2 steps at" in said
+    assert "4 pictures of 256x256" in said and "(dpmpp, guidance 4, 2 steps at" in said
 
 # ---------------------------------------------------------------------------- the house
 SOURCES = {str(p.relative_to(ROOT)): p.read_text() for folder in ("", "coreml/", "lab/")
@@ -1853,7 +1924,7 @@ def test_files_and_functions_are_short_and_names_unique():
     seen = Counter()
     for path, source in SOURCES.items():
         tree, tests = ast.parse(source), path == "test_all.py"
-        assert len(source.splitlines()) <= (1900 if tests else 450), path
+        assert len(source.splitlines()) <= (2200 if tests else 450), path
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef):
                 assert node.end_lineno - node.lineno < 80, (path, node.name)

@@ -15,7 +15,7 @@ from scenes import COLOURS, INVERSE, NUMBERS, PLURALS, SYNONYMS, Group, Scene, S
 def entries(text: str) -> list[str]:
     return [" ".join(entry.split()) for entry in text.split(",") if entry.strip()]
 
-def table(text: str) -> dict[str, list[str]]:
+def word_table(text: str) -> dict[str, list[str]]:
     """{key: entries} of lines `key: entry, entry`; a line without a key goes on with the last."""
     found = {}
     for line in text.strip().splitlines():
@@ -26,7 +26,7 @@ def table(text: str) -> dict[str, list[str]]:
     return found
 
 # ---------------------------------------------------------------------------- words
-OTHER_NAMES = table("""
+OTHER_NAMES = word_table("""
     dog: puppy, pup, doggy
     cat: kitten, kitty
     panda: panda bear
@@ -82,7 +82,7 @@ MORE_PLURALS = {                # of words that the plain grammar does not use
     "kitty": "kitties", "doggy": "doggies", "teddy": "teddies", "coach": "coaches",
     "t-rex": "t-rexes", "man": "men", "box": "boxes", "fortress": "fortresses",
 }
-SHADES = table("""
+SHADES = word_table("""
     red: crimson, scarlet, ruby, cherry red, bright red, dark red
     orange: tangerine, bright orange, amber
     yellow: golden, gold, mustard, bright yellow
@@ -94,7 +94,7 @@ SHADES = table("""
     black: jet black, jet-black, ebony, pitch black
     white: snowy, ivory, snow-white, pure white
 """)
-PLACE_WORDS = table("""
+PLACE_WORDS = word_table("""
     desert: in the desert, in a desert, on desert sand, in the sahara, on a sand dune
         in the sandy desert, out in the desert
     beach: at the beach, on the beach, by the sea, at the seaside, on the shore, on a sandy beach
