@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from checker import ceiling, judge, load_checker, look
 from checkpoint import resolve
-from common import UserError, friendly, provenance, setup
+from common import UserError, autocast, friendly, provenance, setup, use_bfloat16
 from decoder import load_autoencoder
 from model import load_model
 from plots import grid
@@ -174,7 +174,8 @@ def evaluate(a):
                 for i, scene in enumerate(scenes) for _ in range(a.each)]
     draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
     begin = time.time()
-    pictures = draw(captions, range(len(captions)))
+    with autocast(device, use_bfloat16("auto", device)):    # 48 dB from fp32, twice as fast
+        pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
     scores, verdicts, confusions = score(pictures, scenes, checker, a.each)
     top, exact_top = ceiling(checker, source(seed=5))
