@@ -8,7 +8,8 @@ Contents
     helpers, fixtures                                tiny networks; a tiny run of each stage
     model.py, mmdit.py, decoder.py, costs.py         sizes, forms, gradients, parity with diffusers
     scenes.py, wording.py, data.py, text.py, pictures.py, cache.py      what is drawn, said, kept
-    train_decoder.py, checker.py, evaluate.py, plots.py     the autoencoder's training; the score
+    train_decoder.py, checker.py, train_text.py      the autoencoder, the detector, the encoder
+    evaluate.py, plots.py                            the score
     common.py, checkpoint.py, optim.py               configs, saving, the optimiser
     train.py, distill.py, adv_distill.py, sample.py  the stages: resuming, losses, samplers
     export_coreml.py, coreml/                        the bundle, its gates, its check
@@ -61,6 +62,7 @@ import scenes
 import text
 import train
 import train_decoder
+import train_text
 import wording
 from common import ASSETS, ROOT, UserError
 
@@ -1013,6 +1015,90 @@ def test_exact_wants_nothing_else():
         assert wrong in checker.judge(scene, seen, exact=True)
         kept = seen[:scene.groups[0].count]
         assert checker.judge(scene, kept, exact=True) == ""
+
+# ---------------------------------------------------------------------------- train_text.py
+def test_labels_are_where_each_noun_ends():
+    vocabulary, spell = text.load_vocabulary(), text.load_vocabulary().spell
+    groups = [scenes.Group("koala"), scenes.Group("bear"), scenes.Group("ice cream", "red", 2)]
+    three = scenes.Scene("mixed", groups)
+    ids = vocabulary.ids_of("a koala bear, a bear in a bearskin, 2 red Ice Cream cones.")[:-1]
+    ends = train_text.noun_ends(three, ids, vocabulary)
+    wanted = ["a koala bear", "a koala bear, a bear",
+              "a koala bear, a bear in a bearskin, 2 red ice cream cones"]
+    assert [spell(ids[:at + 1]) for _, at in ends] == wanted and [k for k, _ in ends] == [0, 1, 2]
+    source, found, lost = scenes.Scenes(split="test"), 0, 0
+    for i in range(300):
+        scene = source.scene(i)
+        ids = vocabulary.ids_of(wording.wide(scene, random.Random(i)))[:-1]
+        ends = train_text.noun_ends(scene, ids, vocabulary)
+        for k, at in ends:
+            group = scene.groups[k]
+            assert spell(ids[:at + 1]).endswith(tuple(wording.names(group.noun, group.count > 1)))
+            assert not re.match(r"\w", vocabulary.encoding.decode(ids[at + 1:]))
+        found, lost = found + len(ends), lost + len(scene.groups) - len(ends)
+    assert lost / (found + lost) < 0.06
+
+def test_what_is_true_of_a_scene_is_told_from_each_side():
+    scene = scenes.Scene("mixed", [scenes.Group("dog", "red"), scenes.Group("cat", "", 3)], "above")
+    known = train_text.FACETS
+    told = [[known[name][i] for name, i in zip(known, train_text.facts_of(scene, k))]
+            for k in (0, 1)]
+    assert told == [["above", "red", 1, "dog"], ["below", "", 3, "cat"]]
+
+@pytest.fixture
+def plain_words(monkeypatch):
+    """Only the plain grammar, which is learned sooner."""
+    monkeypatch.setattr(train_text, "training_caption", scenes.Scenes.caption)
+    monkeypatch.setattr(train_text, "wide", scenes.Scenes.caption)
+
+def test_a_taught_encoder_binds_words_and_is_probed(plain_words, tmp_path):
+    train_text.main([f"out={tmp_path}", "nouns=12", "batch=32", "text.width=64", "text.layers=2",
+                     "text.heads=4", "lr=0.02", "muon_lr=0.02", "warmup=10", "steps=80",
+                     "eval_every=40", "held_out=192", "device=cpu"])
+    known = checkpoint.load_checkpoint(tmp_path / "final")[0]["accuracies"]
+    least = {"side": 0.82, "colour": 0.75, "count": 0.88, "noun": 0.97, "background": 0.8}
+    assert all(known[k] > least[k] for k in least), known       # blindly .74 .57 .78 .08 .57
+    unet = model.UNetConfig(**{**TINY, "context_dim": 64})
+    cfg = text.TextConfig(width=64, layers=2, heads=4, init=str(tmp_path / "final"))
+    probing = train_text.TeachConfig(steps=25, batch=64, lr=0.05, warmup=5, held_out=192)
+    for start, least in (cfg, 0.8), (replace(cfg, init=""), 0):
+        net = train.first_network(train.TrainConfig(model=unet, text=start))
+        save_model(tmp_path / "net", net)
+        found = train_text.probe(tmp_path / "net", replace(probing))
+        assert least < found["background"] < least + 0.7, found
+
+@pytest.mark.parametrize("kind", ["own", "snapgen"])
+def test_a_matched_encoder_is_read_as_the_old_one(kind, pipeline, gemma_folder, plain_words,
+                                                  tmp_path, capsys):
+    torch.manual_seed(0)
+    old = text.TextConfig(width=32, layers=1, heads=2)
+    if kind == "snapgen":
+        old = text.TextConfig("snapgen", 48, folder=str(gemma_folder), tokens=12)
+    unet = model.UNetConfig(**{**TINY, "context_dim": old.width})
+    save_model(tmp_path / "old", shaken(model.TextToLatents(unet, old)))
+    train_text.main(["--match", str(tmp_path / "old"), f"out={tmp_path / 'run'}", "batch=16",
+                     "bank=4", "held_out=32", "text.width=32", "text.layers=1", "text.heads=2",
+                     "lr=0.05", "muon_lr=0.05", "warmup=3", "steps=24", "eval_every=8",
+                     f"ae={pipeline.ae}", "device=cpu"])
+    shares = re.findall(r"unexplained_wide ([\d.]+)", capsys.readouterr().out)
+    first, _, last = map(float, shares)
+    assert last < 0.9 * first
+    net, config = model.load_model(tmp_path / "run/final")
+    assert config["text"]["kind"] == "own" and config["model"]["context_dim"] == 32
+    assert config["data"]["nouns"] == 12 and config["unexplained_wide"] == pytest.approx(last, 1e-2)
+    assert sample.generate(net, None, ["a red car"], [0], 64, **sample.sampling(config, 2))
+    theirs = model.load_model(tmp_path / "old")[0].denoiser.state_dict()
+    changed = [k for k, x in net.denoiser.state_dict().items()
+               if x.shape != theirs[k].shape or not torch.allclose(x, theirs[k], atol=1e-3)]
+    assert bool(changed) == (kind == "snapgen")         # by the projection, where widths differ
+    assert all("cross_attn.kv" in k for k in changed)
+
+@pytest.mark.parametrize("words, said", [
+    ("text.kind=sd3", "pre-trained"), ("text.init=assets/text", "leave it out"),
+    ("--probe assets/ae", "no text-to-picture model"),
+])
+def test_a_bad_request_for_a_text_encoder_is_named(words, said):
+    fails_in_one_line(command("train_text.py", *words.split()), said)
 
 # ---------------------------------------------------------------------------- evaluate.py
 def test_distances_have_their_closed_forms():
