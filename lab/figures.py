@@ -4,24 +4,30 @@
     python -m lab.figures steps ae       only these
 
 samples: what the shipped weights draw.  steps: before and after step distillation.
-score: a judged contact sheet.  ae: the autoencoder.  losses: nano's training.
+score: a judged contact sheet.  failures: what is still wrong.  ae: the autoencoder.
+losses: nano's training.
 """
+import random
 import shutil
 import sys
 import tempfile
 from pathlib import Path
 from textwrap import fill
 
+import numpy as np
+from PIL import Image
+
+from checker import judge, load_checker, look
 from common import ROOT, UserError, friendly
 from decoder import load_autoencoder
 from evaluate import evaluate, parse_evaluation
 from lab import tables
-from lab.compare import draw_prompts, held_out_captions
+from lab.compare import draw_prompts
 from lab.tables import BASE, FAST, RESULTS, runs_of
-from model import load_model
-from plots import BLUE, ORANGE, losses
-from scenes import CATEGORIES
+from plots import BLUE, ORANGE, grid, losses
+from scenes import CATEGORIES, Scenes
 from train_decoder import recon_picture, reconstruct
+from wording import wide
 
 DOCS = ROOT / "docs"
 STEPS = {BASE: (1, 2, 4, 8, 28), FAST: (1, 2, 4)}
@@ -38,9 +44,11 @@ def show(ax, picture, title="", label=""):
         side.set_visible(False)
 
 def draw_samples(folder: Path):
-    """Held-out prompts, a column for each of the six categories, in 4 steps."""
+    """Held-out prompts in free English, a column for each of the six categories, in 4 steps."""
     from matplotlib.figure import Figure
-    prompts = held_out_captions(load_model(FAST)[1]["data"], 2)
+    source = Scenes(256, "test", seed=13, layout="free")
+    scenes = [source.scene(i, kind) for i in range(2) for kind in CATEGORIES]
+    prompts = [wide(scene, random.Random(i)) for i, scene in enumerate(scenes)]
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     axes = figure.subplots(2, len(CATEGORIES)).flat
     for ax, picture, prompt in zip(axes, draw_prompts(FAST, prompts), prompts):
@@ -83,6 +91,20 @@ def draw_score(folder: Path):
         evaluate(parse_evaluation(words))
         shutil.copy(Path(out) / "score.png", folder / "score.png")
 
+def draw_failures(folder: Path):
+    """The first pictures that `fast` gets wrong in free English, and what the detector says."""
+    source = Scenes(256, "test", seed=9, layout="free")
+    scenes = [source.scene(i, kind) for i in range(24) for kind in (*CATEGORIES, "three")]
+    prompts = [wide(scene, random.Random(i)) for i, scene in enumerate(scenes)]
+    pictures = draw_prompts(FAST, prompts)
+    seen, _ = look(load_checker(), pictures)
+    judged = zip(pictures, prompts, map(judge, scenes, seen))
+    wrong = [(picture, f"{said} [{trouble}]") for picture, said, trouble in judged if trouble]
+    pictures, captions = zip(*wrong[:18])
+    small = [np.asarray(Image.fromarray(picture).resize((160, 160))) for picture in pictures]
+    grid(small, captions, 6).save(folder / "failures.png")
+    print(f"{len(wrong)} of {len(scenes)} wrong")
+
 def draw_autoencoder(folder: Path):
     """Input, output and their difference x 4, of held-out scenes."""
     pairs = reconstruct(load_autoencoder("assets/ae"), 256, 6)[1]
@@ -92,7 +114,7 @@ def draw_losses(folder: Path):
     losses(DOCS / "nano_log.csv", folder / "nano_loss.png")
 
 FIGURES = {"samples": draw_samples, "steps": draw_steps, "score": draw_score,
-           "ae": draw_autoencoder, "losses": draw_losses}
+           "failures": draw_failures, "ae": draw_autoencoder, "losses": draw_losses}
 
 def main(argv):
     for name in argv:
