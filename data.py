@@ -2,20 +2,25 @@
 
     python data.py --show out.png           a sheet of scenes with their captions
     python data.py --export DIR 200 [192]   scenes as a folder of your own pictures, ten spoilt
-    python data.py --speed                  scenes/s on one core
+    python data.py --speed                  scenes/s, drawn and worded, on one core and on all
     python data.py --build-atlas DIR        packs the sprites of an unpacked
                                             `npm pack @lobehub/fluent-emoji-3d@1.1.0` (MIT)
 
 Scenes are drawn by scenes.py; your own pictures are read by pictures.py and cache.py.
 B batch | C latent channels | L tokens | H W pixels.
 """
+import contextlib
 import functools
 import hashlib
 import json
+import os
 import random
+import shutil
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +36,7 @@ from common import ROOT, UserError, friendly, option
 from decoder import encode_pictures
 from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
-from text import Text, Tokens, Vocabulary, on_device
+from text import Text, Tokens, Vocabulary, load_vocabulary, on_device
 from wording import training_caption
 
 @dataclass
@@ -136,54 +141,128 @@ def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[i
     return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in places]
 
 WORDINGS = 8                    # of each scene's caption
+BATCH = 64                      # scenes that a process draws or words at a time
+PART = 16 * BATCH               # scenes in a file of those that are done
 
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
     return Scenes(cfg.size, split, cfg.seed, cfg.nouns, cfg.layout, atlas=cfg.atlas)
+
+def draw_scenes(scenes: Scenes, some: range, rows: np.ndarray):
+    for i, row in zip(some, rows):
+        row[:] = scenes.render(scenes.scene(i))                         # (H, W, 3)
+
+def word_scenes(scenes: Scenes, vocabulary: Vocabulary, seed: int, some: range, rows: np.ndarray):
+    """Tokens of WORDINGS captions a scene, and in the last column their number:
+    rows (B, WORDINGS, L + 1)."""
+    captions = []
+    for i in some:
+        rng, scene = random.Random(f"{seed}/{i}"), scenes.scene(i)
+        captions += [training_caption(scene, rng) for _ in range(WORDINGS)]
+    ids, mask = vocabulary.tokenize(captions, rows.shape[-1] - 1, cut=True)
+    rows[:] = vocabulary.pad
+    rows[..., :ids.shape[1]] = ids.unflatten(0, (-1, WORDINGS))
+    rows[..., -1] = mask.sum(1).unflatten(0, (-1, WORDINGS))
+
+def slot_of(ring: torch.Tensor, some: range) -> torch.Tensor:
+    return ring[some.start // BATCH % len(ring), :len(some)]
+
+def fill_slot(write, ring: torch.Tensor, some: range) -> range:
+    write(some, slot_of(ring, some).numpy())
+    return some
+
+def in_processes(write, shape, dtype, todo: range, workers: int, title: str = ""):
+    """Yields the rows that write(scenes, rows) fills for `todo`, in order, BATCH scenes at a time.
+    They are in one array that all processes share, and are overwritten when the next are asked for.
+    todo starts at a multiple of BATCH; shape, dtype: of a row; title: of a progress bar."""
+    batches = [todo[k:k + BATCH] for k in range(0, len(todo), BATCH)]
+    workers = min(workers, len(batches) // 8)           # to start one takes up to seconds
+    # a DataLoader has two batches a worker under way beside the one that is read
+    ring = torch.empty(2 * workers + 1, BATCH, *shape, dtype=dtype)
+    try:
+        ring.share_memory_()
+    except RuntimeError as e:
+        raise UserError(f"{e}: {workers} workers share {ring.nbytes / 1e6:.0f} MB; set fewer "
+                        "data.workers, or in Docker --shm-size") from None
+    loader = torch.utils.data.DataLoader(
+        batches, None, collate_fn=partial(fill_slot, write, ring), num_workers=workers,
+        generator=torch.Generator())                    # or it would draw from the global one
+    with tqdm(total=todo.stop, initial=todo.start, desc=title, unit="scene", delay=1,
+              disable=not title) as bar:
+        for some in loader:
+            yield slot_of(ring, some)
+            bar.update(len(some))
+
+def drawn(cfg: DataConfig, split: str, todo: range, title: str = ""):
+    """Yields pictures of scenes, uint8 (B, size, size, 3)."""
+    draw = partial(draw_scenes, scenes_of(cfg, split))
+    shape = cfg.size, cfg.size, 3
+    return in_processes(draw, shape, torch.uint8, todo, cfg.workers, title)
+
+def worded(cfg: DataConfig, vocabulary: Vocabulary, L: int, seed: int, todo: range, title=""):
+    """Yields rows of word_scenes for training scenes, int16 (B, WORDINGS, L + 1)."""
+    word = partial(word_scenes, scenes_of(cfg), vocabulary, seed)
+    return in_processes(word, (WORDINGS, L + 1), torch.int16, todo, cfg.workers, title)
 
 def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 0) -> torch.Tensor:
     """Latents of the first n scenes, fp16 (n, C, size/8, size/8): read, or made and kept.
     ae_key: autoencoder_fingerprint(ae), so that another autoencoder makes another file."""
     n = n or cfg.pictures
-    def make():
-        device = next(ae.parameters()).device
-        scenes = torch.utils.data.Subset(scenes_of(cfg, split), range(n))
-        loader = torch.utils.data.DataLoader(scenes, 64, num_workers=cfg.workers)
-        bar = tqdm(loader, f"render and encode {n} {split} scenes", unit="batch")
-        return {"latents": torch.cat([encode_pictures(ae, x, device) for x, _ in bar])}
-
     key = content_key(cfg, cfg.size, ae_key, split, n)
     path = Path(cfg.cache) / f"scenes-{cfg.size}px-{split}-{n}-{key}.safetensors"
+    device = next(ae.parameters()).device
+    def encoded(todo):
+        for x in drawn(cfg, split, todo, f"render and encode {n} {split} scenes"):
+            yield encode_pictures(ae, x.to(device), device)     # bytes travel faster than floats
+
+    def make():
+        return {"latents": rows_in_parts(path, n, encoded)}
     return kept_tensors(path, make)["latents"]
 
 def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     """Tokens of WORDINGS captions of each of n training scenes, since wording each batch anew would
     hold up a GPU: ids (n, WORDINGS, L), lengths (n, WORDINGS), int16. cfg: a TrainConfig."""
-    def make():
-        scenes, captions = scenes_of(cfg.data), []
-        for i in tqdm(range(n), f"word {n} train scenes", unit="scene", disable=n < 5000):
-            rng, scene = random.Random(f"{cfg.seed}/{i}"), scenes.scene(i)
-            captions += [training_caption(scene, rng) for _ in range(WORDINGS)]
-        ids, mask = vocabulary.tokenize(captions, cfg.text.max_tokens, cut=True)
-        return {"ids": ids.short().unflatten(0, (n, WORDINGS)),
-                "lengths": mask.sum(1).short().unflatten(0, (n, WORDINGS))}
-
     words = hashlib.sha256(vocabulary.data).hexdigest(), vocabulary.pattern
     words += ((ROOT / "wording.py").read_text(encoding="utf-8"),)
     key = content_key(cfg.data, *words, cfg.text.max_tokens, cfg.seed, n)
-    return kept_tensors(Path(cfg.data.cache) / f"words-{n}-{key}.safetensors", make)
+    path = Path(cfg.data.cache) / f"words-{n}-{key}.safetensors"
+    def make():
+        some = partial(worded, cfg.data, vocabulary, cfg.text.max_tokens, cfg.seed,
+                       title=f"word {n} train scenes")
+        rows = rows_in_parts(path, n, some)                 # (n, WORDINGS, L + 1)
+        lengths = rows[..., -1].contiguous()
+        return {"ids": rows[..., :lengths.max()].contiguous(), "lengths": lengths}
+    return kept_tensors(path, make)
 
 def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
     """The tensors of a safetensors file; what make() gives where it is missing or damaged."""
     if path.exists():
         try:
-            return load_file(path)
+            tensors = load_file(path)
+            shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
+            return tensors
         except SafetensorError as e:
             print(f"{path} is damaged ({e}): making it again", flush=True)
             path.unlink()
-    tensors = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda p: save_file(tensors, p))
-    return load_file(path)
+    write_whole(path, partial(save_file, make()))
+    return kept_tensors(path, make)
+
+def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:
+    """Rows of n scenes for the file `path`: what make(todo) yields, BATCH scenes at a time.
+    Each PART of them is kept in a folder beside it, in a file named by its first scene, until
+    `path` is whole: a run that was killed goes on there."""
+    folder, parts, done = path.with_suffix(".parts"), [], 0
+    with contextlib.suppress(FileNotFoundError, SafetensorError):       # up to what is not whole
+        while True:
+            parts.append(load_file(folder / f"{done}.safetensors")["rows"])
+            done += len(parts[-1])
+    batches = make(range(done, n))
+    while done < n:
+        parts.append(torch.cat([x.clone() for x in islice(batches, PART // BATCH)]))
+        with contextlib.suppress(FileNotFoundError):    # a run beside this one is done, removed it
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(folder / f"{done}.safetensors", partial(save_file, {"rows": parts[-1]}))
+        done += len(parts[-1])
+    return torch.cat(parts)
 
 def content_key(cfg: DataConfig, *more) -> str:
     """A name for all that scenes depend on: their code, the sprites, the settings, and `more`."""
@@ -200,6 +279,25 @@ def autoencoder_fingerprint(ae) -> str:
         sha.update(name.encode())
         sha.update(x.float().cpu().contiguous().numpy().tobytes())
     return sha.hexdigest()[:16]
+
+def show_speed():
+    """Prints scenes/s of one core and of all: drawn, and worded with WORDINGS captions each."""
+    cores, vocabulary = os.cpu_count(), load_vocabulary()
+    for what in (64, 128, 256, "words"):
+        rates = []
+        for workers in (0, cores):
+            todo = range(1000 * max(1, workers))
+            begin = time.time()
+            if what == "words":
+                rows = worded(DataConfig(nouns=0, workers=workers), vocabulary, 64, 0, todo)
+            else:
+                rows = drawn(DataConfig(what, nouns=0, workers=workers), "train", todo)
+            for _ in rows:
+                pass
+            rates.append(len(todo) / (time.time() - begin))
+        name = what if what == "words" else f"{what} px"
+        print(f"{name}: {rates[0]:.0f} scenes/s on one core, {rates[1]:.0f} on {cores}: "
+              f"{rates[1] / rates[0]:.1f} times that", flush=True)
 
 def build_atlas(folder):
     sheet = Image.new("RGBA", (ATLAS_COLUMNS * ATLAS_CELL, atlas_cell(len(NOUNS) - 1)[3]))
@@ -251,12 +349,7 @@ def main(argv):
             pictures, captions = zip(*(scenes[k % 2][k] for k in range(48)))
             grid(pictures, captions, 8).save(path)
         case ["--speed"]:
-            for size in (64, 128, 256):
-                scenes = Scenes(size, "train")
-                begin = time.time()
-                for i in range(1000):
-                    scenes[i]
-                print(f"{size} px: {1000 / (time.time() - begin):.0f} scenes/s on one core")
+            show_speed()
         case ["--export", folder, n, *size] if n.isdigit() and len(size) < 2:
             export_pictures(folder, int(n), *map(int, size))
         case _:

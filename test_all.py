@@ -22,6 +22,7 @@ import contextlib
 import copy
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -31,6 +32,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -598,6 +600,41 @@ def test_other_scenes_are_kept_under_another_key(tmp_path, monkeypatch):
     keys = {data.content_key(replace(cfg, **change)) for change in changes}
     monkeypatch.setattr(data, "ROOT", tmp_path)             # other code
     assert len(keys | {data.content_key(cfg)}) == 6
+
+@pytest.fixture(params=["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def start_method(request):
+    was = multiprocessing.get_start_method()
+    if request.param not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"no {request.param} here")
+    multiprocessing.set_start_method(request.param, force=True)
+    yield
+    multiprocessing.set_start_method(was, force=True)
+
+def test_processes_go_on_and_make_the_same_bytes(start_method, pipeline, tmp_path, monkeypatch):
+    from unittest import mock
+    def slow(*args):                            # the processes are ahead of it
+        time.sleep(0.03)
+        return decoder.encode_pictures(*args)
+
+    ae, vocabulary, made = decoder.load_autoencoder(pipeline.ae), text.load_vocabulary(), []
+    monkeypatch.setattr(data, "PART", 2 * data.BATCH)
+    for workers in (0, 2):
+        out = tmp_path / f"{workers}"
+        sizes = ["data.size=8", "data.nouns=2", "data.pictures=1100"]
+        cfg = scenes_config(pipeline, out, *sizes, f"data.workers={workers}")
+        if workers:
+            dies = mock.Mock(wraps=slow, side_effect=[mock.DEFAULT] * 5 + [KeyboardInterrupt])
+            monkeypatch.setattr(data, "encode_pictures", dies)
+            with pytest.raises(KeyboardInterrupt):
+                data.latents_of(cfg.data, ae, "key")
+            assert {p.name for p in out.glob("*/*")} == {"0.safetensors", "128.safetensors"}
+        encode = mock.Mock(wraps=slow)
+        monkeypatch.setattr(data, "encode_pictures", encode)
+        data.latents_of(cfg.data, ae, "key")
+        assert encode.call_count == (14 if workers else 18)
+        data.wordings(cfg, 1100, vocabulary)
+        made.append({p.name: p.read_bytes() for p in out.iterdir()})
+    assert made[0] == made[1] and len(made[0]) == 2
 
 # ---------------------------------------------------------------------------- text.py
 @pytest.mark.parametrize("caption", ["three red cars", "Ünïcode 🐍 zebras, 42!", ""])
