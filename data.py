@@ -47,7 +47,7 @@ class DataConfig:
     pictures: int = option(20000, low=1)    # scenes, drawn once and kept as latents
     seed: int = 0
     atlas: str = ""             # a folder of your own sprites, named by noun
-    workers: int = option(2, low=0)         # processes that render, or read pictures
+    workers: int = option(2, low=0)         # processes that draw and word scenes, or read pictures
     cache: str = "runs/cache"   # directory
     # your own pictures (pictures.py): their area is about size x size
     folder: str = ""            # of pictures with captions, or of tars; empty: scenes
@@ -164,6 +164,7 @@ def word_scenes(scenes: Scenes, vocabulary: Vocabulary, seed: int, some: range, 
     rows[..., -1] = mask.sum(1).unflatten(0, (-1, WORDINGS))
 
 def slot_of(ring: torch.Tensor, some: range) -> torch.Tensor:
+    """Where the rows of a batch are in a ring (slots, BATCH, ..)."""
     return ring[some.start // BATCH % len(ring), :len(some)]
 
 def fill_slot(write, ring: torch.Tensor, some: range) -> range:
@@ -212,7 +213,8 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
     device = next(ae.parameters()).device
     def encoded(todo):
         for x in drawn(cfg, split, todo, f"render and encode {n} {split} scenes"):
-            yield encode_pictures(ae, x.to(device), device)     # bytes travel faster than floats
+            # a core would take 0.1 s to make floats of a batch of 256 px: the device does
+            yield encode_pictures(ae, x.to(device), device)
 
     def make():
         return {"latents": rows_in_parts(path, n, encoded)}
@@ -283,10 +285,10 @@ def autoencoder_fingerprint(ae) -> str:
 def show_speed():
     """Prints scenes/s of one core and of all: drawn, and worded with WORDINGS captions each."""
     cores, vocabulary = os.cpu_count(), load_vocabulary()
-    for what in (64, 128, 256, "words"):
+    for what, n in (64, 1000), (128, 1000), (256, 1000), ("words", 5000):
         rates = []
         for workers in (0, cores):
-            todo = range(1000 * max(1, workers))
+            todo = range(n * max(1, workers))
             begin = time.time()
             if what == "words":
                 rows = worded(DataConfig(nouns=0, workers=workers), vocabulary, 64, 0, todo)
