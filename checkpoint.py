@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 
 from common import (
     ROOT,
@@ -149,7 +150,7 @@ def check_file(path: Path, config: dict, name: str) -> Path:
     trouble = ""
     if not file.is_file():
         trouble = "missing"
-    elif crc32(file) != config.get("crc32", {}).get(name, crc32(file)):
+    elif name in config.get("crc32", {}) and crc32(file) != config["crc32"][name]:
         trouble = "damaged (its checksum differs)"
     if trouble:
         raise UserError(f"{file} is {trouble}: copy it again, or use an older checkpoint")
@@ -218,6 +219,13 @@ def check_finite(state: dict, what: str):
     if bad:
         raise UserError(f"{what} holds values that are not finite (first in '{bad[0]}'): use an "
                         "older checkpoint")
+
+class WithoutInit(TorchFunctionMode):
+    """Inside, torch.nn.init draws nothing: for networks whose weights a file replaces."""
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", "") == "torch.nn.init":
+            return kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
 
 def load_into(module, state: dict, what: str):
     """A module's or EMA's load_state_dict that names the first difference, or the first NaN."""

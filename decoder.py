@@ -226,7 +226,9 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
         state = checkpoint.load_checkpoint(folder)[1]["model"]
     else:
         raise UserError(f"{path} is no finished autoencoder: that is in its run's final/")
-    ae = checkpoint.load_into(Autoencoder(cfg), state, str(path))
+    with checkpoint.WithoutInit():
+        ae = Autoencoder(cfg)
+    checkpoint.load_into(ae, state, str(path))
     return ae.float().to(device).eval().requires_grad_(False)
 
 if __name__ == "__main__":

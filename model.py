@@ -13,7 +13,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from checkpoint import check_file, load_checkpoint, load_into, resolve
+from checkpoint import WithoutInit, check_file, load_checkpoint, load_into, resolve
 from common import UserError, attention, fill, option
 from mmdit import MMDiT, MMDiTConfig
 from text import (
@@ -405,7 +405,8 @@ def load_model(path, device="cpu", ema=True) -> tuple[TextToLatents, dict]:
         raise UserError(f"{path} reads {len(tokens)} tokens, {vocabulary.source} has "
                         f"{vocabulary.size}: copy the captions.tiktoken that it was trained with "
                         f"into {folder}")
-    net = TextToLatents(network, text_cfg, vocabulary)
+    with WithoutInit():
+        net = TextToLatents(network, text_cfg, vocabulary)
     average = state.get("ema", {}) if ema else {}       # without buffers: they are not averaged
     load_into(net, {**state["model"], **average}, str(path))
     return net.float().to(device).eval().requires_grad_(False), config

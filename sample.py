@@ -12,6 +12,7 @@ v = eps - x0, so x0 = x_t - t v, and t = 1 is noise. A sampler is a pure functio
 B batch | C channels | H W latent rows, columns
 """
 import argparse
+import gc
 import math
 import sys
 import time
@@ -21,7 +22,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import ASSETS, UserError, friendly, setup
+from common import ASSETS, UserError, autocast, friendly, setup, use_bfloat16
 from decoder import load_autoencoder, to_pictures
 from mmdit import MMDiTConfig
 from model import load_model
@@ -241,7 +242,11 @@ def main(argv):
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]
     how = sampling(config, a.steps, a.cfg, a.sampler, a.shift)
     begin = time.time()
-    pictures = generate(net, ae, captions, seeds, size, **how, interval=a.interval, progress=True)
+    # on a CPU that has bfloat16: 40 dB or more from fp32, in 0.7 of the time
+    quick = device.type == "cpu" and not a.coreml and use_bfloat16("auto", device)
+    with autocast(device, quick):
+        pictures = generate(net, ae, captions, seeds, size, **how, interval=a.interval,
+                            progress=True)
     seconds = (time.time() - begin) / len(pictures)
 
     height, width = pictures[0].shape[:2]
@@ -258,5 +263,6 @@ def main(argv):
           f"{' '.join(at)})")
 
 if __name__ == "__main__":
+    gc.freeze()     # torch's 160,000 objects stay: a search for garbage among them costs 0.1 s
     with friendly():
         main(sys.argv[1:])
