@@ -14,9 +14,13 @@ B batch | C channels | H W latent rows, columns
 import argparse
 import gc
 import math
+import os
 import sys
 import time
 from pathlib import Path
+
+# threads that spin while they wait triple the time of a picture on a machine that is busy
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # read when torch is imported
 
 import torch
 from PIL import Image
