@@ -1124,9 +1124,15 @@ def test_a_matched_encoder_is_read_as_the_old_one(kind, pipeline, gemma_folder, 
     assert config["text"]["kind"] == "own" and config["model"]["context_dim"] == 32
     assert config["data"]["nouns"] == 12 and config["unexplained_wide"] == pytest.approx(last, 1e-2)
     assert sample.generate(net, None, ["a red car"], [0], 64, **sample.sampling(config, 2))
-    theirs = model.load_model(tmp_path / "old")[0].denoiser.state_dict()
-    changed = [k for k, x in net.denoiser.state_dict().items()
-               if x.shape != theirs[k].shape or not torch.allclose(x, theirs[k], atol=1e-3)]
+    theirs = model.load_model(tmp_path / "old")[0]
+    said = ["a car", "a red car", "three blue cars", "a panda", "the panda in snow", "three pandas"]
+    x, t = torch.randn(1, 16, 8, 8).expand(6, -1, -1, -1), torch.full((6,), 0.7)
+    ours, wanted = (m(x, t, m.encode(said)).flatten(1) for m in (net, theirs))
+    ours, wanted = ours - ours.mean(0), wanted - wanted.mean(0)         # what the words change
+    assert F.cosine_similarity(ours, wanted).mean() > 0.2
+    old_weights = theirs.denoiser.state_dict()
+    changed = [k for k, w in net.denoiser.state_dict().items() if w.shape != old_weights[k].shape
+               or not torch.allclose(w, old_weights[k], atol=1e-3)]
     assert bool(changed) == (kind == "snapgen")         # by the projection, where widths differ
     assert all("cross_attn.kv" in k for k in changed)
 

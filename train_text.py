@@ -246,15 +246,15 @@ class MatchConfig(TeachConfig):
     ae: str = "assets/ae"
     steps: int = option(5500, low=1)
     eval_every: int = option(500, low=1)
-    held_out: int = option(1000, low=1)
-    drop_caption: float = option(0.05, low=0, high=1)       # the empty one, which guidance reads
+    lr: float = option(4e-3, above=0)
+    muon_lr: float = option(0.03, low=0)
     bank: int = option(256, low=1)          # pictures on which queries are asked
 
 class Pairs:
     """pairs[k]: captions for the old encoder, captions for the new one; some are empty."""
     def __getitem__(self, k: int):
         rng = random.Random(f"{self.cfg.seed}/{k}")
-        drop = [rng.random() < self.cfg.drop_caption for _ in range(self.cfg.batch)]
+        drop = [rng.random() < 0.05 for _ in range(self.cfg.batch)]     # guidance reads it
         return tuple(zip(*(("", "") if d else self.draw(rng) for d in drop)))
 
 def plain(scene: Scene) -> str:
