@@ -4,6 +4,7 @@
     python sample.py "a dog" "a blue cat" --ckpt runs/nano --steps 28 --cfg 4 --sampler dpmpp
     python sample.py "a dog" --base                      the model before step distillation
     python sample.py "a red car" --coreml bundle/        a bundle that export_coreml.py wrote
+    python sample.py --list                              what the model knows
 
 Rectified flow (docs/PAPER.md, section 4): x_t = (1 - t) x0 + t eps. The network gives the velocity
 v = eps - x0, so x0 = x_t - t v, and t = 1 is noise. A sampler is a pure function
@@ -28,10 +29,11 @@ from tqdm import tqdm
 
 from common import ASSETS, UserError, autocast, friendly, setup, use_bfloat16
 from decoder import load_autoencoder, to_pictures
+from glossary import about_unknown, all_known, known_nouns
 from mmdit import MMDiTConfig
 from model import load_model
 from plots import grid
-from text import Text, join_texts
+from text import VOCABULARY, Text, join_texts
 
 def shift_time(t, s: float):
     """More time near the noise, for larger pictures (Esser et al. 2024, eq. 23); s = 1: none.
@@ -173,7 +175,8 @@ def fresh_noise(seeds, shape, device):
 
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("prompts", nargs="+", help="what to draw, one picture or more for each")
+    p.add_argument("prompts", nargs="*", help="what to draw, one picture or more for each")
+    p.add_argument("--list", action="store_true", help="tell what the model knows, draw nothing")
     p.add_argument("--ckpt", default="", help="checkpoint or run; default: assets/fast")
     p.add_argument("--base", action="store_true", help="assets/scenes: before step distillation")
     p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
@@ -194,8 +197,8 @@ def parse(argv):
 
 def check_request(a):
     """UserError, before anything is loaded, where the request cannot be met."""
-    if any(not prompt.strip() for prompt in a.prompts):
-        raise UserError("the prompt is empty: say what to draw, such as \"a red car\"")
+    if not all(prompt.strip() for prompt in a.prompts or [""]):
+        raise UserError("the prompt is empty: say what to draw, such as \"a red car\", or --list")
     if (a.steps is not None and not 1 <= a.steps <= 1000) or a.n < 1:
         raise UserError(f"--steps wants 1 to 1000 and -n 1 or more, got {a.steps} and {a.n}")
     numbers = [a.shift, *a.interval] + ([] if a.cfg is None else [a.cfg])
@@ -229,7 +232,7 @@ def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, in
 
 def main(argv):
     a = parse(argv)
-    out = check_request(a)
+    out = None if a.list else check_request(a)
     device, _, _ = setup(a.device)
     if a.coreml:
         from coreml.bundle import Bundle
@@ -241,6 +244,12 @@ def main(argv):
         fast = (ASSETS / "fast").is_dir() and not a.base
         net, config = load_model(a.ckpt or ("assets/fast" if fast else "assets/scenes"), device)
         ae = load_autoencoder(a.ae, device)
+    nouns = known_nouns(config)
+    if a.list:
+        return print(all_known(nouns))
+    if config["text"]["kind"] == "own" and net.vocabulary.data == VOCABULARY.read_bytes():
+        for line in about_unknown(a.prompts, nouns):
+            print(line)
     size = picture_size(a.size, config["data"]["size"], net.denoiser.cfg)
     captions = [c for c in a.prompts for _ in range(a.n)]
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]

@@ -55,6 +55,7 @@ import data
 import decoder
 import distill
 import evaluate
+import glossary
 import mmdit
 import model
 import optim
@@ -388,6 +389,22 @@ def test_shipped_weights_draw_the_same_latents_as_ever(name, total, std):
     z = torch.stack(sample.generate(net, None, captions, [0, 1], 128, **how))
     assert z.sum().item() == pytest.approx(total, abs=0.01)
     assert z.std().item() == pytest.approx(std, abs=1e-4)
+
+def test_loading_weights_draws_no_random_ones():
+    before = torch.get_rng_state()
+    model.load_model(ASSETS / "fast")
+    decoder.load_autoencoder(ASSETS / "ae")
+    assert torch.equal(torch.get_rng_state(), before)
+
+def test_bfloat16_draws_the_same_picture():
+    net, config = model.load_model(ASSETS / "fast")
+    ae = decoder.load_autoencoder(ASSETS / "ae")
+    pictures = []
+    for on in (False, True):
+        with common.autocast(net.device, on):
+            pictures += sample.generate(net, ae, ["a red car"], [0], 64, **sample.sampling(config))
+    error = np.square(pictures[0].astype(float) - pictures[1]).mean()
+    assert 0 < error < 255**2 / 10**3.5                             # 35 dB
 
 # ---------------------------------------------------------------------------- mmdit.py
 @pytest.mark.parametrize("changes", [{}, {"dual_attention_layers": (0, 1)}, {"qk_norm": None}])
@@ -1377,6 +1394,54 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
     alone = sample.generate(net, None, captions[1:2], [2], **how)
     assert together[1].shape == (16, 4, 8) and torch.allclose(together[1], alone[0], atol=1e-4)
 
+@pytest.mark.parametrize("prompt, unknown", [
+    ("a bicycle", "bicycle"),
+    ("two red horses next to a tree", "horses"),
+    ("a dog and a speedboat", "speedboat"),
+    ("hey, can you draw an old train? thanks", "train"),
+    ("three crows on a sofa", "crows sofa"),
+    ("flower", "flower"),
+    ("a rusty old car in the desert, cinematic lighting, 4k", ""),
+    ("an oil painting of a fox for my grandmother", ""),
+    ("a majestic lion that looks grumpy", ""),
+    ("Elefant and two pengiuns in the sno", ""),
+    ("a bunch of bananas on the left, a cup of tea on the right", ""),
+    ("a turquoise guitar. make it shiny and elegant", ""),
+])
+def test_things_that_no_caption_names_are_told(prompt, unknown):
+    assert glossary.unknown_things(prompt, tuple(scenes.NOUNS)) == unknown.split()
+
+def test_training_captions_name_no_unknown_thing(monkeypatch):
+    def strange(rng, n):
+        return " ".join(rng.choices(wording.COMMON, k=n))           # no invented words
+
+    monkeypatch.setattr(wording, "strange_words", strange)
+    source = scenes.Scenes(64)
+    said = [wording.wide(source.scene(i), random.Random(i)) for i in range(1000)]
+    told = [c for c in said if glossary.unknown_things(c, tuple(scenes.NOUNS))]
+    assert len(told) <= 1, told
+
+def test_what_is_known_depends_on_the_training():
+    every = list(scenes.NOUNS)
+    config = {"data": {"nouns": 12}}
+    nouns = glossary.known_nouns(config)
+    assert nouns == every[:12]
+    assert glossary.about_unknown(["a fox"], nouns)[0].startswith("fox: not among the 12 things")
+    boat = "speedboat: not among the 80 things it knows; nearest: sailboat"
+    assert glossary.about_unknown(["a speedboat", "two speedboats"], every)[0] == boat
+    own = glossary.known_nouns({"data": {"nouns": 0, "folder": "my pictures"}})
+    assert glossary.about_unknown(["a bicycle"], own) == []
+    with pytest.raises(UserError, match="own pictures"):
+        glossary.all_known(own)
+
+def test_list_tells_all_names(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "70")
+    said = succeeds("sample.py", "--list")
+    assert max(map(len, said.splitlines())) <= 70
+    words = " ".join(said.split())
+    for part in ("80 things", "cat (kitten, kitty)", "crimson", "four (4)", "left of", "at night"):
+        assert part in words
+
 def test_a_checkpoint_says_how_it_is_sampled():
     base = {"flow": {"shift": 1.0}}
     few = {**base, "few_steps": {"steps": 4, "sampler": "renoise", "cfg": 1.0, "shift": 3.0}}
@@ -2006,6 +2071,7 @@ def test_the_first_commands_of_the_readme_draw(tmp_path):
     words = ["--device", "cpu", "-o", tmp_path / "out.png"]
     said = succeeds("sample.py", "a red car", *words)
     assert "1 pictures of 256x256" in said and "(euler, guidance 1, 4 steps at" in said
+    assert "not among" not in said
     assert np.asarray(Image.open(tmp_path / "out.png")).std() > 10
     said = succeeds("sample.py", "a dog", "a cat", "-n", 2, "--base", "--steps", 2, *words)
     assert "4 pictures of 256x256" in said and "(dpmpp, guidance 4, 2 steps at" in said
