@@ -54,8 +54,9 @@ GRAMMAR = {
         another each every several many few""",
 }
 # common things that are one slip away from a known word, and no typing error
-LOOKALIKES = """angel ball baseball bat cab carton chicken crow ear flower hole hose lock moth nail
-    pants ring seahorse snake tank train""".split()
+LOOKALIKES = """angel ball baseball bat butter cab carton cattle chicken crow ear flower hole horse
+    hose lock moth nail pants planet racket ring rock sail seahorse snake stair tank trailer
+    train""".split()
 
 def known_nouns(config: dict) -> list[str]:
     """The things that a checkpoint's training showed; [] where it was shown no scenes of ours."""
@@ -101,9 +102,8 @@ def about_unknown(prompts: list[str], nouns: list[str]) -> list[str]:
 def known_words(nouns: tuple) -> tuple[re.Pattern, set[str], dict[str, str]]:
     """A pattern of all names of the nouns, the words in them, {other word of captions: kind}."""
     every = {name for noun in nouns for many in (False, True) for name in names(noun, many)}
-    every |= {name + "es" for name in every}                    # "fishes"
     longest_first = sorted(every, key=len, reverse=True)
-    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(?!\w)")
+    pattern = re.compile(rf"(?<!\w)({'|'.join(map(re.escape, longest_first))})(es|s)?(?!\w)")
     turns = [*INTRODUCTIONS, *ENDINGS, *SIDEWAYS, *UPWARDS, *DOWNWARDS, *JOINS, *ON_COLOUR,
              *IN_PLACE, *sum(PLACE_WORDS.values(), []), *sum(RELATIONS.values(), ())]
     kinds = dict.fromkeys([*re.findall(r"[\w'-]+", " ".join(turns).lower()), *COMMON], "other")
@@ -176,17 +176,18 @@ def is_thing(before: str, words: list[str], kind: list[str], i: int) -> bool:
 
 def slip_of(word: str, inside: set, kinds: dict) -> str:
     """The known word of which a letter is left out, doubled, or swapped with the next, as
-    wording.misspell does it; or to which a long word is nearly equal; else ""."""
+    wording.misspell does it; or a name that is nearly the same; else ""."""
     if {word, word.removesuffix("s")} & set(LOOKALIKES):
         return ""
     for right in difflib.get_close_matches(word, inside | kinds.keys(), 5, 0.7):
-        n = len(right)
+        n, is_name = len(right), right in inside
         slips = {right[:i] + right[i] + right[i:] for i in range(n)}
         slips |= {right[:i] + right[i + 1] + right[i] + right[i + 2:] for i in range(n - 1)}
-        if n > 4 or (n == 4 and right in inside):
+        if n > 4 or (n == 4 and is_name):
             slips |= {right[:i] + right[i + 1:] for i in range(n)}
-        alike = difflib.SequenceMatcher(None, word, right).ratio() >= 0.8
-        nearly = n > 6 and alike and word[0] == right[0]
+        alike = difflib.SequenceMatcher(None, word, right).ratio()
+        enough = 0.8 if n > 6 else 0.82                 # a horse is no house
+        nearly = is_name and n > 4 and word[0] == right[0] and alike >= enough
         if (word in slips or nearly) and right not in (word, word + "s"):
             return right
     return ""
@@ -198,5 +199,5 @@ def nearest(word: str, nouns) -> list[str]:
     near = [name for name in called
             if name.split()[-1] == word or len(name) > 3 and word.endswith(name)]
     if not near and len(word) > 6:
-        near = difflib.get_close_matches(word, called, 3, 0.73)
+        near = difflib.get_close_matches(word, called, 3, 0.77)
     return list(dict.fromkeys(called[name] for name in near))
