@@ -29,11 +29,12 @@ from tqdm import tqdm
 
 from common import ASSETS, UserError, autocast, friendly, setup, use_bfloat16
 from decoder import load_autoencoder, to_pictures
-from glossary import about_unknown, all_known, known_nouns
 from mmdit import MMDiTConfig
 from model import load_model
 from plots import grid
-from text import VOCABULARY, Text, join_texts
+from scenes import NOUNS
+from text import Text, join_texts
+from wording import all_known, unknown_things
 
 def shift_time(t, s: float):
     """More time near the noise, for larger pictures (Esser et al. 2024, eq. 23); s = 1: none.
@@ -230,6 +231,21 @@ def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, in
                         f"such as {4 * grain} or {4 * grain} {2 * grain}")
     return size[0] if len(size) == 1 else tuple(size)
 
+def tell_known(a, config: dict, net):
+    """With --list all that a network of scenes knows, else the things of the prompts that it
+    does not. It draws all the same."""
+    data = config["data"]
+    if data.get("folder") or data.get("atlas") or a.coreml or net.text is None:
+        known = []
+    else:
+        known = list(NOUNS)[:data.get("nouns") or None]
+    if a.list:
+        print(all_known(known) if known else "it learned from your own pictures: see their captions")
+    for prompt in a.prompts if known else ():
+        for word, near in unknown_things(prompt, known).items():
+            nearest = f"nearest: {', '.join(near)}" if near else "--list shows them"
+            print(f"{word}: not among the {len(known)} things it knows; {nearest}")
+
 def main(argv):
     a = parse(argv)
     out = None if a.list else check_request(a)
@@ -244,12 +260,9 @@ def main(argv):
         fast = (ASSETS / "fast").is_dir() and not a.base
         net, config = load_model(a.ckpt or ("assets/fast" if fast else "assets/scenes"), device)
         ae = load_autoencoder(a.ae, device)
-    nouns = known_nouns(config)
+    tell_known(a, config, net)
     if a.list:
-        return print(all_known(nouns))
-    if config["text"]["kind"] == "own" and net.vocabulary.data == VOCABULARY.read_bytes():
-        for line in about_unknown(a.prompts, nouns):
-            print(line)
+        return
     size = picture_size(a.size, config["data"]["size"], net.denoiser.cfg)
     captions = [c for c in a.prompts for _ in range(a.n)]
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]

@@ -6,11 +6,15 @@ Other names, shades, a colour behind the noun or in a second sentence, digits, n
 to say a relation, places in front or behind, adjectives, verbs and words that mean nothing here,
 politeness, typing errors. scenes.py has the plain grammar in which held-out prompts are worded.
 """
+import difflib
+import functools
 import random
+import re
 import sys
+import textwrap
 
 from common import friendly
-from scenes import COLOURS, INVERSE, NUMBERS, PLURALS, SYNONYMS, Group, Scene, Scenes
+from scenes import COLOURS, INVERSE, NUMBERS, PLURALS, RELATIONS, SYNONYMS, Group, Scene, Scenes
 
 def entries(text: str) -> list[str]:
     return [" ".join(entry.split()) for entry in text.split(",") if entry.strip()]
@@ -349,6 +353,68 @@ def misspell(text: str, rng) -> str:
         end = k + 2 if middle else k + 1
         words[i] = word[:k] + middle + word[end:]
     return " ".join(words)
+
+# ---------------------------------------------------------------------------- what is known
+# words that follow an article, but are no thing to draw
+FRAMES = """angle animal art artist artwork atmosphere background birthday body border bottom center
+    centre character child children color colors colour colours corner design drawing edge effect
+    evening eye eyes face favorite favourite focus food friend friends front fruit group half head
+    hour icon illustration image kids light lights line middle minute mood morning mouth nature
+    object objects oil painting pair part pattern photo photograph pic picture piece portrait pose
+    poster quality render request row scene scenery shadow shape shot side size sketch sky smile son
+    space sticker style summer texture theme tone top view wall wallpaper watercolor weather width
+    winter year""".split()
+LEADS = set("a an the some another draw show paint make generate create imagine me".split())
+LEADS |= {*NUMBERS.values(), "five", "six", "seven", "eight", "nine", "ten", "couple", "trio"}
+JOINING = set("and plus with beside near to above over below under of beneath behind on in".split())
+
+@functools.lru_cache
+def said_words() -> set[str]:
+    """All words of captions but nouns' names."""
+    turns = [*INTRODUCTIONS, *ENDINGS, *SIDEWAYS, *UPWARDS, *DOWNWARDS, *JOINS, *ON_COLOUR,
+             *IN_PLACE, *sum(PLACE_WORDS.values(), []), *sum(SHADES.values(), []), *COLOURS,
+             *FILLERS, *VERBS, *COMMON, *FRAMES, *LEADS, *JOINING, "left right back"]
+    return set(re.findall(r"[a-z'-]+", " ".join(turns)))
+
+def is_no_thing(word: str) -> bool:
+    ending = "(ing|ed|ly|coloured|colored)$"
+    return len(word) < 3 or word in said_words() or bool(re.search(f"[^a-z]|{ending}", word))
+
+def unknown_things(prompt: str, nouns: list[str]) -> dict[str, list[str]]:
+    """{word: names that are spelt alike} of words that no caption has, in the place of a thing: the
+    last one behind an article or a number, or joined to a thing. Typing errors pass."""
+    singular = [name for noun in nouns for name in names(noun)]
+    called = singular + [name for noun in nouns for name in names(noun, many=True)]
+    inside = {word for name in called for word in name.split()}
+    words = re.findall(r"[a-z][a-z'-]*|\d+|[^\w\s]", prompt.lower())
+    found, leads, last = {}, True, ""           # last: the word before
+    for word, after in zip(words, [*words[1:], "."]):
+        new = not (word in inside or is_no_thing(word))
+        if new and leads and is_no_thing(after) and after not in ("of", *FILLERS, *FRAMES):
+            if not difflib.get_close_matches(word, called, 1, 0.85):
+                found[word] = difflib.get_close_matches(word, singular, 2, 0.7)
+        if word in LEADS or word.isdigit():
+            leads = True
+        elif word in JOINING:
+            leads = last in inside or last in found or (word == "of" and last in FRAMES)
+        elif not (word in FILLERS or word in COLOURS or (new and word not in found)):
+            leads = False
+        last = word
+    return found
+
+def all_known(nouns: list[str]) -> str:
+    """What can be asked for, a kind a paragraph."""
+    def listed(words, more=None):
+        more = more or {}
+        full = [f"{w} ({', '.join(more[w])})" if w in more else w for w in words]
+        return textwrap.fill(", ".join(full), 96, initial_indent="  ", subsequent_indent="  ")
+
+    places = {place: ways[:3] for place, ways in PLACE_WORDS.items()}
+    return "\n".join([
+        f"{len(nouns)} things, and other names of them:", listed(nouns, OTHER_NAMES),
+        "colours, and shades of them:", listed(COLOURS, SHADES),
+        "numbers:", listed(NUMBERS.values()), "relations:", listed(RELATIONS, RELATIONS),
+        "backgrounds, beside the colours:", listed(places, places)])
 
 def main(argv):
     scenes = Scenes(64, "train")
