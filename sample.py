@@ -240,7 +240,7 @@ def tell_known(a, config: dict, net):
     else:
         known = list(NOUNS)[:data.get("nouns") or None]
     if a.list:
-        print(all_known(known) if known else "it learned from your own pictures: see their captions")
+        print(all_known(known) if known else "it learned from your pictures: see their captions")
     for prompt in a.prompts if known else ():
         for word, near in unknown_things(prompt, known).items():
             nearest = f"nearest: {', '.join(near)}" if near else "--list shows them"
