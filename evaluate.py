@@ -174,7 +174,8 @@ def evaluate(a):
                 for i, scene in enumerate(scenes) for _ in range(a.each)]
     draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
     begin = time.time()
-    with autocast(device, use_bfloat16("auto", device)):    # 48 dB from fp32, twice as fast
+    quick = not a.coreml and use_bfloat16("auto", device)   # 48 dB from fp32, twice as fast
+    with autocast(device, quick):
         pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
     scores, verdicts, confusions = score(pictures, scenes, checker, a.each)

@@ -1399,14 +1399,12 @@ def test_a_picture_does_not_depend_on_its_batch(sampler):
     ("hey, can you draw an old train? thanks", "train"), ("the mouse on a sofa", "mouse sofa"),
     ("a rusty old car in the desert, cinematic lighting, 4k", ""),
     ("an oil painting of a fox for my grandmother", ""), ("a majestic lion that looks grumpy", ""),
-    ("a guitr and two pengiuns in the snow", ""), ("the elefant", "elefant"),
+    ("a guitr and two pengiuns in the snow", ""), ("the elefant", ""),
     ("a bunch of bananas on the left, a cup of tea on the right", ""),
     ("a turquoise guitar. make it shiny and elegant", ""),
 ])
 def test_things_that_no_caption_names_are_told(prompt, unknown):
-    found = wording.unknown_things(prompt, list(scenes.NOUNS))
-    assert list(found) == unknown.split()
-    assert found.get("elefant", ["elephant"]) == ["elephant"]
+    assert list(wording.unknown_things(prompt, list(scenes.NOUNS))) == unknown.split()
 
 def test_training_captions_name_no_unknown_thing(monkeypatch):
     monkeypatch.setattr(wording, "strange_words", lambda rng, n: wording.COMMON[n])

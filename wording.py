@@ -358,8 +358,8 @@ def misspell(text: str, rng) -> str:
 # words that follow an article, but are no thing to draw
 FRAMES = """angle animal art artist artwork atmosphere background birthday body border bottom center
     centre character child children color colors colour colours corner design drawing edge effect
-    evening eye eyes face favorite favourite focus food friend friends front fruit group half head
-    hour icon illustration image kids light lights line middle minute mood morning mouth nature
+    day evening eye eyes face favorite favourite focus food friend friends front fruit group half
+    head hour icon illustration image kids light lights line middle minute mood morning mouth nature
     object objects oil painting pair part pattern photo photograph pic picture piece portrait pose
     poster quality render request row scene scenery shadow shape shot side size sketch sky smile son
     space sticker style summer texture theme tone top view wall wallpaper watercolor weather width
@@ -373,7 +373,8 @@ def said_words() -> set[str]:
     """All words of captions but nouns' names."""
     turns = [*INTRODUCTIONS, *ENDINGS, *SIDEWAYS, *UPWARDS, *DOWNWARDS, *JOINS, *ON_COLOUR,
              *IN_PLACE, *sum(PLACE_WORDS.values(), []), *sum(SHADES.values(), []), *COLOURS,
-             *FILLERS, *VERBS, *COMMON, *FRAMES, *LEADS, *JOINING, "left right back"]
+             *FILLERS, *VERBS, *COMMON, *FRAMES, *LEADS, *JOINING,
+             "left right back they them their"]
     return set(re.findall(r"[a-z'-]+", " ".join(turns)))
 
 def is_no_thing(word: str) -> bool:
@@ -387,12 +388,14 @@ def unknown_things(prompt: str, nouns: list[str]) -> dict[str, list[str]]:
     called = singular + [name for noun in nouns for name in names(noun, many=True)]
     inside = {word for name in called for word in name.split()}
     words = re.findall(r"[a-z][a-z'-]*|\d+|[^\w\s]", prompt.lower())
+    goes_on = {"of", "me", "hand", *FILLERS, *FRAMES, *COLOURS, *VERBS}
     found, leads, last = {}, True, ""           # last: the word before
     for word, after in zip(words, [*words[1:], "."]):
         new = not (word in inside or is_no_thing(word))
-        if new and leads and is_no_thing(after) and after not in ("of", *FILLERS, *FRAMES):
-            if not difflib.get_close_matches(word, called, 1, 0.85):
-                found[word] = difflib.get_close_matches(word, singular, 2, 0.7)
+        if new and leads and is_no_thing(after) and after not in goes_on:
+            slip, alike = (0.8, 0.77) if len(word) > 6 else (0.85, 0.85)    # a horse is no house
+            if not difflib.get_close_matches(word, called, 1, slip):
+                found[word] = difflib.get_close_matches(word, singular, 2, alike)
         if word in LEADS or word.isdigit():
             leads = True
         elif word in JOINING:
