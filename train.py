@@ -30,7 +30,7 @@ from cache import autoencoder_fingerprint, make_cache, open_cache
 from checkpoint import Run, load_into
 from common import autocast, friendly, option, read_config, setup, use_bfloat16
 from costs import matmul_speed, training_flops
-from data import Batch, Batches, DataConfig, latents_of, scenes_of, seeded
+from data import Batch, Batches, DataConfig, latents_of, scenes_of, seeded, wordings
 from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import TextToLatents, UNetConfig, count_params, load_model
@@ -119,6 +119,7 @@ def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, state
             key = autoencoder_fingerprint(ae)
             latents = latents_of(cfg.data, ae, key)
             held_out = latents_of(cfg.data, ae, key, "test", cfg.val_pictures)
+            wordings(cfg, len(latents), vocabulary)     # which Batches reads
         if world > 1:
             dist.barrier()
     return ae, latents, held_out
