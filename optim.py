@@ -74,19 +74,22 @@ class Muon(torch.optim.Optimizer):
     """Muon with `muon_lr` for matrices, AdamW with `lr` for everything else.
     Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
     norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
-    more decay (decoupled). Each group keeps its peak rate as group["peak"]."""
-    def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99)):
+    more decay (decoupled). Each group keeps its peak rate as group["peak"]. slow: parameters whose
+    rates are `share` of the others'."""
+    def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99),
+                 slow=(), share=1.0):
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
-        params = {"muon": [], "decay": [], "rest": []}
+        slow = {id(p) for p in slow}
+        params = {(kind, own): [] for own in (1.0, share) for kind in ("muon", "decay", "rest")}
         for p in module.parameters():
             matrix = p.ndim > 1 and min(p.shape[0], p[0].numel()) >= 16 and id(p) not in embeddings
             kind = "muon" if matrix and muon_lr else "decay" if p.ndim > 1 else "rest"
-            params[kind].append(p)
+            params[kind, share if id(p) in slow else 1.0].append(p)
         groups = []
-        for kind in [k for k in params if params[k]]:
-            peak = muon_lr if kind == "muon" else lr
+        for kind, own in [key for key in params if params[key]]:
+            peak = own * (muon_lr if kind == "muon" else lr)
             decay = 0.0 if kind == "rest" else weight_decay
-            group = {"params": params[kind], "muon": kind == "muon", "lr": peak, "peak": peak}
+            group = {"params": params[kind, own], "muon": kind == "muon", "lr": peak, "peak": peak}
             groups.append({**group, "weight_decay": decay})
         super().__init__(groups, {"betas": betas})
         device = next(module.parameters()).device

@@ -61,6 +61,7 @@ class TrainConfig:
     accumulate: int = option(1, low=1)
     lr: float = option(1e-3, above=0)
     muon_lr: float = option(0.0, low=0)     # the matrices' rate, by Muon; 0: AdamW for all
+    text_rate: float = option(1.0, low=0)   # the text encoder's share of both rates
     warmup: int = option(100, low=1)
     weight_decay: float = option(0.01, low=0)
     clip: float = option(1.0, above=0)      # of the gradient's norm
@@ -178,7 +179,8 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     torch.manual_seed(cfg.seed)
     net = first_network(cfg).to(device)
     objective = make_objective(net).to(device)
-    opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay)
+    text = net.text.parameters() if net.text else ()
+    opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay, slow=text, share=cfg.text_rate)
     ema = EMA(net, cfg.ema)
     learner = Learner(objective, opt, cfg.clip, ema)
 
