@@ -535,7 +535,8 @@ def test_training_scenes_name_relations_and_have_three_things():
         assert len(scene.objects) == len({g.noun for g in scene.groups}) == 3
         assert all(g.noun in s.caption(scene, random.Random(0)) or g.noun in scenes.SYNONYMS
                    for g in scene.groups)
-    assert not any(scenes.Scenes(split="test").scene(i).category == "three" for i in range(300))
+    held_out = scenes.Scenes(split="test")
+    assert not any(held_out.scene(i).category == "three" for i in range(300))
 
 # ---------------------------------------------------------------------------- wording.py
 def test_free_english_says_what_is_in_the_scene():
@@ -1175,14 +1176,18 @@ def test_the_interval_is_of_prompts():
 def test_a_checkpoint_is_scored_and_its_json_is_whole(tmp_path, monkeypatch):
     top = dict.fromkeys((*scenes.CATEGORIES, "three"), 1.0)
     monkeypatch.setattr(evaluate, "ceiling", lambda *a: (dict(top), dict(top)))
-    words = "--ckpt assets/fast --prompts 1 --each 1 --steps 1 --fd 4 --device cpu --out"
+    words = "--ckpt assets/fast --prompts 1 --each 1 --steps 1 --fd 4 --wording wide --out"
     evaluate.evaluate(evaluate.parse_evaluation([*words.split(), str(tmp_path / "a/b")]))
     result = json.loads((tmp_path / "a/b/score.json").read_text())
-    keys = "ckpt step steps cfg sampler prompts each seconds scores ceiling confusions commit " \
-           "machine torch date seed fd fd_floor fd_pictures precision recall fid"
+    keys = "ckpt step steps cfg sampler wording prompts each seconds scores ceiling exact_ceiling " \
+           "confusions commit machine torch date seed fd fd_floor fd_pictures precision recall fid"
     assert list(result) == keys.split() and result["ckpt"] == "assets/fast"
-    assert list(result["scores"]) == list(result["ceiling"]) == [*scenes.CATEGORIES, "mean"]
-    assert set(result["scores"]["mean"]) == {"score", "low", "high", "shuffled"}
+    rows = [*scenes.CATEGORIES, "three", "mean"]
+    assert list(result["scores"]) == list(result["ceiling"]) == rows
+    assert set(result["scores"]["mean"]) == {
+        "score", "low", "high", "shuffled", "exact", "exact_low", "exact_high"}
+    six = [result["scores"][c]["score"] for c in scenes.CATEGORIES]     # three things are beside it
+    assert result["scores"]["mean"]["score"] == pytest.approx(np.mean(six))
 
 @pytest.mark.parametrize("words, said", [
     ("evaluate.py --fd 3", "--fd"), ("evaluate.py --checker assets/ae", "checker"),
