@@ -1179,8 +1179,9 @@ def test_a_checkpoint_is_scored_and_its_json_is_whole(tmp_path, monkeypatch):
     words = "--ckpt assets/fast --prompts 1 --each 1 --steps 1 --fd 4 --wording wide --out"
     evaluate.evaluate(evaluate.parse_evaluation([*words.split(), str(tmp_path / "a/b")]))
     result = json.loads((tmp_path / "a/b/score.json").read_text())
-    keys = "ckpt step steps cfg sampler wording prompts each seconds scores ceiling exact_ceiling " \
-           "confusions commit machine torch date seed fd fd_floor fd_pictures precision recall fid"
+    keys = "ckpt step steps cfg sampler wording prompts each seconds scores ceiling " \
+           "exact_ceiling confusions commit machine torch date seed fd fd_floor fd_pictures " \
+           "precision recall fid"
     assert list(result) == keys.split() and result["ckpt"] == "assets/fast"
     rows = [*scenes.CATEGORIES, "three", "mean"]
     assert list(result["scores"]) == list(result["ceiling"]) == rows

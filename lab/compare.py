@@ -29,11 +29,11 @@ def held_out_captions(data: dict, prompts: int) -> list[str]:
     places = product(range(prompts), CATEGORIES)
     return [scenes.caption(scenes.scene(i, kind), random.Random(i)) for i, kind in places]
 
-def draw_prompts(ckpt: str, prompts, steps=None, ae="assets/ae") -> list:
-    """Pictures of the prompts by a checkpoint, as it says or in so many steps, seeds from 0."""
+def draw_prompts(ckpt: str, prompts, steps=None, ae="assets/ae", seeds=None) -> list:
+    """Pictures of the prompts by a checkpoint, as it says or in so many steps; seeds from 0."""
     device = setup("auto")[0]
     net, config = load_model(ckpt, device)
-    return generate(net, load_autoencoder(ae, device), prompts, range(len(prompts)),
+    return generate(net, load_autoencoder(ae, device), prompts, seeds or range(len(prompts)),
                     config["data"]["size"], **sampling(config, steps), progress=True)
 
 def data_url(picture) -> str:

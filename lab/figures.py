@@ -35,6 +35,14 @@ PROMPTS = (     # of the six categories; all but the plain noun were never train
     "a shoe against a red wall", "a penguin and a clock on the beach", "2 cats", "a white rocket",
     "a carrot to the right of the mug", "a green tractor and a red elephant")
 
+TYPED = (
+    "a red car", "two kittens beside a house", "three blue foxes left of a crown on the beach",
+    "a guitar that is purple", "hey, could you draw a frog? make it blue",
+    "a car, a tree and a cat", "on the left a dog, on the right a panda",
+    "crimson automobile in the snow", "4 snails at night", "a teapot on top of a book",
+    "an orange tractor and a pink cupcake",
+    "penguin under an umbrella")
+
 def show(ax, picture, title="", label=""):
     ax.imshow(picture, interpolation="nearest")
     ax.set(xticks=[], yticks=[])
@@ -44,14 +52,12 @@ def show(ax, picture, title="", label=""):
         side.set_visible(False)
 
 def draw_samples(folder: Path):
-    """Held-out prompts in free English, a column for each of the six categories, in 4 steps."""
+    """What `python sample.py PROMPT` draws, each with seed 0."""
     from matplotlib.figure import Figure
-    source = Scenes(256, "test", seed=13, layout="free")
-    scenes = [source.scene(i, kind) for i in range(2) for kind in CATEGORIES]
-    prompts = [wide(scene, random.Random(i)) for i, scene in enumerate(scenes)]
-    figure = Figure(figsize=(10, 4.2), layout="constrained")
-    axes = figure.subplots(2, len(CATEGORIES)).flat
-    for ax, picture, prompt in zip(axes, draw_prompts(FAST, prompts), prompts):
+    figure = Figure(figsize=(12, 4.6), layout="constrained")
+    axes = figure.subplots(2, 6).flat
+    pictures = draw_prompts(FAST, TYPED, seeds=[0] * len(TYPED))
+    for ax, picture, prompt in zip(axes, pictures, TYPED):
         show(ax, picture, fill(prompt, 22))
     figure.savefig(folder / "samples.png", dpi=100)
 
