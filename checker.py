@@ -19,7 +19,7 @@ from checkpoint import Run, load_checkpoint, load_into
 from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
 from decoder import to_tensor
 from optim import EMA, Learner, Muon, rate
-from scenes import CATEGORIES, COLOURS, NOUNS, SEEN_GAP, Scene, Scenes
+from scenes import COLOURS, NOUNS, SEEN_GAP, Scene, Scenes
 
 SIZE, CELLS = 64, 16            # its own resolution: larger pictures are reduced to it
 NOUN_LIST, COLOUR_LIST = list(NOUNS), list(COLOURS)
@@ -233,7 +233,7 @@ def judge(scene: Scene, seen: list[Seen], exact: bool = False) -> str:
 def ceiling(net, source: Scenes, n: int = 200) -> tuple[dict, dict]:
     """Shares of right and of exact verdicts on n real renders of each category."""
     right, exact = {}, {}
-    for category in (*CATEGORIES, "three"):
+    for category in source.categories:
         scenes = [source.scene(i, category) for i in range(n)]
         seen, _ = look(net, [source.render(scene) for scene in scenes])
         right[category] = sum(judge(*pair) == "" for pair in zip(scenes, seen)) / n

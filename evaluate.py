@@ -168,7 +168,7 @@ def evaluate(a):
     source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"],
                      atlas=data["atlas"])
     test = source(seed=9)
-    scenes = [test.scene(i, c) for c in (*CATEGORIES, "three") for i in range(a.prompts)]
+    scenes = [test.scene(i, category) for category in test.categories for i in range(a.prompts)]
     word = wide if a.wording == "wide" else test.caption
     captions = [word(scene, random.Random(i))
                 for i, scene in enumerate(scenes) for _ in range(a.each)]

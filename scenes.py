@@ -231,6 +231,7 @@ class Scenes:
         self.nouns = list(self.sprites.images)[:nouns or None]
         if len(self.nouns) < 2:
             raise UserError(f"scenes want at least two nouns, got {self.nouns}")
+        self.categories = (*CATEGORIES, "three") if len(self.nouns) > 2 else CATEGORIES
 
     def __getitem__(self, i: int):
         s = self.scene(i)
@@ -243,7 +244,7 @@ class Scenes:
         rng = random.Random(f"{self.seed}/{self.split}/{i}")
         training = self.split == "train"
         share = dict(SHARE)
-        if training and len(self.nouns) > 2:
+        if training and "three" in self.categories:
             share["three"] = THREE_SHARE
         category = category or rng.choices(list(share), list(share.values()))[0]
         for _ in range(1000):
