@@ -2,7 +2,8 @@
 
     python text.py "a red car"          shows the tokens of a caption
     python text.py --sizes              what the published encoders weigh
-    python text.py --train-bpe          learns assets/captions.tiktoken from scenes (once)
+    python text.py --train-bpe FILE     learns a vocabulary from training captions, for new weights:
+                                        the shipped ones read assets/captions.tiktoken
 
 B batch | L tokens | D width | P pooled width. A denoiser reads the `Text` of any encoder.
 `load_encoders` gives published ones, frozen: CLIP-L + CLIP-bigG + Gemma-2-2B as in SnapGen
@@ -358,11 +359,12 @@ def drop_encoders(text: Text, cfg: TextConfig, generator, p: float = 0.464) -> T
 
 # ---------------------------------------------------------------------------- command line
 def main(argv):
-    if argv == ["--train-bpe"]:
+    if argv[:1] == ["--train-bpe"] and len(argv) == 2:
         from scenes import Scenes
+        from wording import training_caption
         scenes = Scenes()
-        captions = [scenes.caption(scenes.scene(i), random.Random(i)) for i in range(20000)]
-        VOCABULARY.write_bytes(train_bpe(captions, 1024))
+        captions = [training_caption(scenes.scene(i), random.Random(i)) for i in range(20000)]
+        Path(argv[1]).write_bytes(train_bpe(captions, 2000))
     elif argv == ["--sizes"]:
         for name, s in SOURCES.items():
             print(f"{name:7}{s.parameters:14,} parameters, {2 * s.parameters / 1e9:5.2f} GB at "

@@ -22,7 +22,6 @@ SCORED = {      # folder of docs/results: what its score.json is of; FOLDER_wide
     "base28": "`assets/scenes`, 256 px, 28 steps, guidance 4",
     "fast4": "`assets/fast`, 256 px, 4 steps, no guidance",
     "nano": "`nano`, 64 px, 12 nouns, 28 steps, guidance 4",
-    "small": "`small`, 64 px, 28 steps, guidance 4",
 }
 
 GENEVAL = {     # the paper's table: GenEval in the order of CATEGORIES, the mean, DPG-Bench
