@@ -129,7 +129,7 @@ def scores(folder) -> str:
                "mean of six (95 %)": "{mean}", "exact, mean of six (95 %)": "{exact}",
                "three things": "{three:.2f}"}
     return table(rows, columns) + source(
-        "python evaluate.py --ckpt assets/scenes --out docs/results/base28", full)
+        "python evaluate.py --ckpt assets/scenes --each 1 --out docs/results/base28", full)
 
 def geneval(folder) -> str:
     shown, rows = (*CATEGORIES, "mean"), []
@@ -154,7 +154,7 @@ def few_steps(folder) -> str:
                "ours distilled, no guidance": "{fast}",
                "paper's GenEval (28: before)": "{paper}"}
     return table(rows, columns) + source(
-        "python evaluate.py --ckpt assets/fast --steps 4 --out docs/results/fast4", fast[4])
+        "python evaluate.py --ckpt assets/fast --each 2 --out docs/results/fast4", fast[4])
 
 def distillation(folder) -> str:
     found, rows = read_result(folder, "distillation"), []
