@@ -1958,7 +1958,7 @@ def test_benchmark_folders_are_as_their_readers_walk_them(tmp_path):
     place = tmp_path / "geneval/00000"
     assert json.loads((place / "metadata.jsonl").read_text())["tag"] == "single"
     assert sorted(os.listdir(place / "samples")) == [f"{i:05d}.png" for i in range(4)]
-    assert Image.open(tmp_path / "dpg/drawtext_7.png").size == (128, 128)
+    assert Image.open(tmp_path / "dpg/drawtext_7.png").size == (512, 512)
 
 @pytest.mark.slow
 def test_browser_counts_the_votes_of_a_blind_page(tmp_path):
