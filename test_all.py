@@ -1440,6 +1440,21 @@ def test_a_checkpoint_says_how_it_is_sampled():
     asked = {"steps": sample.times(4, 1.0), "cfg": 2.0, "sampler": "euler"}
     assert sample.sampling(few, 4, 2.0, "euler", 1.0) == asked
 
+def test_a_taught_encoder_trains_at_a_share_of_the_rates():
+    steps = {}
+    for share in (1.0, 0.1):
+        net = tiny_model()
+        before = {k: p.detach().clone() for k, p in net.named_parameters()}
+        opt = optim.Muon(net, 1e-2, 2e-2, slow=net.text.parameters(), share=share)
+        opt.schedule(0.5)
+        for p in net.parameters():
+            p.grad = torch.ones_like(p)
+        opt.step()
+        steps[share] = {k: (p - before[k]).norm().item() for k, p in net.named_parameters()}
+    for k, full in steps[1.0].items():
+        wanted = 0.1 * full if k.startswith("text.") else full
+        assert steps[0.1][k] == pytest.approx(wanted, rel=1e-3), k
+
 # ---------------------------------------------------------------------------- train.py
 def test_flow_loss_is_zero_for_the_true_velocity():
     x0, eps, t = torch.randn(64, 4, 2, 2), torch.randn(64, 4, 2, 2), torch.rand(64)
@@ -2046,6 +2061,8 @@ def test_dreamlite_equals_diffusers(tmp_path):
      ["8 pictures", "add batch=2"]),
     ("train.py --cache data.folder={tmp}/none", ["no folder"]),
     ("distill.py teacher=runs/nowhere device=cpu out={tmp}", ["no teacher at 'runs/nowhere'"]),
+    ("distill.py teacher=assets/scenes device=cpu out={tmp}", ["draws 256 px", "data.size=64"]),
+    ("adv_distill.py init=assets/scenes device=cpu out={tmp}", ["draws 256 px", "data.size=64"]),
     ("sample.py dog --size 50", ["multiples of 32"]),
     ("sample.py dog --device gpu", ["unknown device 'gpu'"]),
     ("sample.py dog -o no/dir/x.png", ["no/dir", "does not exist"]),
