@@ -8,7 +8,8 @@
 As in GenEval, a detector (checker.py) looks for what each prompt asks for. Beside the score: the
 stricter `exact` (nothing else may be in the picture), the ceilings of both (the same check on real
 renders), and the floor (against another prompt's scene). "three" things are a seventh category,
-which the mean leaves out, so that scores compare with older ones.
+which the mean leaves out, so that scores compare with older ones. `rights` in score.json are the
+shares of right pictures of each prompt: lab.tables compares two runs by them, prompt by prompt.
 
 N M pictures | F features of each
 """
@@ -109,7 +110,8 @@ def summary(rights: list, shuffled) -> dict:
     return {"score": mean, "low": low, "high": high, "shuffled": float(np.mean(shuffled))}
 
 def score(pictures, scenes: list[Scene], checker, each: int):
-    """`each` pictures a scene, in order -> ({category or "mean": row}, verdicts, confusions)."""
+    """`each` pictures a scene, in order -> ({category or "mean": row}, {category: share of right
+    pictures of each scene}, verdicts, confusions)."""
     seen, _ = look(checker, pictures)
     asked = [scene for scene in scenes for _ in range(each)]
     verdicts = list(map(judge, asked, seen))
@@ -128,7 +130,8 @@ def score(pictures, scenes: list[Scene], checker, each: int):
     scores["mean"] = both_scores([rights[c] for c in six], [exacts[c] for c in six],
                                  [scores[c]["shuffled"] for c in six])
     confusions["mean"] = []
-    return scores, verdicts, confusions
+    shares = {category: r.mean(1).round(4).tolist() for category, r in rights.items()}
+    return scores, shares, verdicts, confusions
 
 def right_of(verdicts, index, each: int):
     return np.array([verdicts[i] == "" for i in index], float).reshape(-1, each)
@@ -178,15 +181,16 @@ def evaluate(a):
     with autocast(device, quick):
         pictures = draw(captions, range(len(captions)))
     seconds = (time.time() - begin) / len(pictures)
-    scores, verdicts, confusions = score(pictures, scenes, checker, a.each)
+    scores, rights, verdicts, confusions = score(pictures, scenes, checker, a.each)
     top, exact_top = ceiling(checker, source(seed=5))
     for shares in top, exact_top:
         shares["mean"] = float(np.mean([shares[category] for category in CATEGORIES]))
     result = {
         "ckpt": a.coreml or a.ckpt, "step": config.get("step"), "steps": len(how["steps"]) - 1,
         "cfg": how["cfg"], "sampler": how["sampler"], "wording": a.wording,
-        "prompts": a.prompts, "each": a.each, "seconds": seconds, "scores": scores,
-        "ceiling": top, "exact_ceiling": exact_top, "confusions": confusions,
+        "nouns": len(test.nouns), "layout": test.layout, "prompts": a.prompts, "each": a.each,
+        "seconds": seconds, "scores": scores, "ceiling": top, "exact_ceiling": exact_top,
+        "confusions": confusions, "rights": rights,
     } | provenance()
     print_table(result)
     if a.fd:

@@ -1034,9 +1034,22 @@ def oracle(asked):
 def test_a_perfect_checker_knows_right_from_wrong(nouns, layout):
     source = scenes.Scenes(64, "test", nouns=nouns, layout=layout)
     asked = [source.scene(i, category) for category in scenes.CATEGORIES for i in range(20)]
-    rows, verdicts, confusions = evaluate.score([noise(0, 64)] * 120, asked, oracle(asked), 1)
+    rows, _, verdicts, confusions = evaluate.score([noise(0, 64)] * 120, asked, oracle(asked), 1)
     assert rows["mean"]["score"] == rows["mean"]["low"] == 1 and not any(verdicts)
     assert rows["mean"]["shuffled"] < 0.15 and not any(confusions.values())
+
+def test_rights_of_prompts_make_up_the_score():
+    source = scenes.Scenes(64, "test")
+    asked = [source.scene(i, category) for category in source.categories for i in range(4)]
+    shown = [scene for scene in asked for _ in range(3)]
+    for i in range(0, 63, 4):                               # wrong pictures; "three" has none
+        shown[i] = source.scene(99 + i, "single")
+    rows, rights, *_ = evaluate.score([noise(0, 64)] * 84, asked, oracle(shown), 3)
+    assert rights["single"] == [0.6667, 0.6667, 0.6667, 1] and rights["three"] == [1] * 4
+    means = {category: np.mean(shares) for category, shares in rights.items()}
+    assert means == pytest.approx({c: rows[c]["score"] for c in source.categories}, abs=1e-4)
+    six = np.mean([means[c] for c in scenes.CATEGORIES])
+    assert rows["mean"]["score"] == pytest.approx(six, abs=1e-4)
 
 def test_the_shipped_checker_reads_held_out_renders():
     for top in checker.ceiling(checker.load_checker(), scenes.Scenes(64, "test", seed=5), 20):
@@ -1179,16 +1192,18 @@ def test_a_checkpoint_is_scored_and_its_json_is_whole(tmp_path, monkeypatch):
     words = "--ckpt assets/fast --prompts 1 --each 1 --steps 1 --fd 4 --wording wide --out"
     evaluate.evaluate(evaluate.parse_evaluation([*words.split(), str(tmp_path / "a/b")]))
     result = json.loads((tmp_path / "a/b/score.json").read_text())
-    keys = "ckpt step steps cfg sampler wording prompts each seconds scores ceiling " \
-           "exact_ceiling confusions commit machine torch date seed fd fd_floor fd_pictures " \
-           "precision recall fid"
+    keys = "ckpt step steps cfg sampler wording nouns layout prompts each seconds scores ceiling " \
+           "exact_ceiling confusions rights commit machine torch date seed fd fd_floor " \
+           "fd_pictures precision recall fid"
     assert list(result) == keys.split() and result["ckpt"] == "assets/fast"
+    assert (result["nouns"], result["layout"]) == (80, "free")
     rows = [*scenes.CATEGORIES, "three", "mean"]
     assert list(result["scores"]) == list(result["ceiling"]) == rows
     assert set(result["scores"]["mean"]) == {
         "score", "low", "high", "shuffled", "exact", "exact_low", "exact_high"}
     six = [result["scores"][c]["score"] for c in scenes.CATEGORIES]     # three things are beside it
     assert result["scores"]["mean"]["score"] == pytest.approx(np.mean(six))
+    assert all(result["rights"][c] == [result["scores"][c]["score"]] for c in rows[:-1])
 
 @pytest.mark.parametrize("words, said", [
     ("evaluate.py --fd 3", "--fd"), ("evaluate.py --checker assets/ae", "checker"),

@@ -11,6 +11,8 @@ import statistics
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from common import ROOT, UserError, friendly
 from scenes import CATEGORIES
 
@@ -96,6 +98,47 @@ def interval_text(score: dict) -> str:
 
 def exact_text(score: dict) -> str:
     return f"{score['exact']:.3f} ({score['exact_low']:.3f} - {score['exact_high']:.3f})"
+
+# ------------------------------------------------------------------------- ours beside theirs
+PROMPTS = ("prompts", "wording", "nouns", "layout")     # of score.json: they decide what is asked
+
+def check_same_prompts(runs: list[dict]):
+    """UserError where the runs' prompts differ, or where one has no rights."""
+    first = runs[0]
+    for run in runs:
+        if "rights" not in run:
+            raise UserError(f"the score of {run['ckpt']} has no rights, it is of an older "
+                            "evaluate.py: score it anew")
+        for key in PROMPTS:
+            if run[key] != first[key]:
+                raise UserError(f"{first['ckpt']} and {run['ckpt']} were not scored on the same "
+                                f"prompts: {key} is {first[key]} and {run[key]}")
+
+def paired(ours: list[dict], theirs: list[dict]) -> dict:
+    """Compares the scores of two models, prompt by prompt: {difference, low, high} of ours - theirs
+    and {ratio, ratio_low, ratio_high} of ours / theirs, with 95 % intervals.
+
+    ours, theirs: what score.json holds, one for each seed. What is compared is the mean of the six
+    categories. The bootstrap has two layers: prompts within each category, the same ones on both
+    sides; and seeds, on each side on its own. Few seeds make the interval too narrow: R of them
+    show (R - 1) / R of their variance, and one shows none.
+    UserError where the runs' prompts differ, or where one has no rights."""
+    check_same_prompts(ours + theirs)
+    rng, n = np.random.default_rng(0), ours[0]["prompts"]
+    picks = [rng.integers(0, n, (10_000, n)) for _ in CATEGORIES]
+    means, resampled = [], []
+    for runs in ours, theirs:
+        shares = np.array([[run["rights"][c] for c in CATEGORIES] for run in runs])
+        scores = np.mean([shares[:, c, pick].mean(-1) for c, pick in enumerate(picks)], 0)
+        chosen = rng.integers(0, len(runs), scores.shape)               # (runs, resamples)
+        resampled.append(np.take_along_axis(scores, chosen, 0).mean(0))
+        means.append(shares.mean())                                     # (runs, six, prompts)
+    with np.errstate(divide="ignore", invalid="ignore"):                # theirs may be all wrong
+        low, high = np.percentile(np.subtract(*resampled), (2.5, 97.5))
+        ratio_low, ratio_high = np.percentile(np.divide(*resampled), (2.5, 97.5))
+        found = {"difference": means[0] - means[1], "low": low, "high": high,
+                 "ratio": means[0] / means[1], "ratio_low": ratio_low, "ratio_high": ratio_high}
+    return {key: float(value) for key, value in found.items()}
 
 UNITS = {       # factors from the JSON files to what is shown: millions, GFLOP, GiB, milliseconds
     "params": 1e-6, "macs": 1e-6, "flops": 1e-9, "peak": 2**-30, "s": 1e3, "text": 1e3,
