@@ -5,65 +5,89 @@
 
     min_G max_D  E[ log D(x_t', t') + log(1 - D(x~_t', t')) ] + S(L_task, L_kd)
 
-G sees x_t at one of K fixed times and predicts x0 in one evaluation. D sees that prediction, noised
-again to a random t', through the features of a frozen denoiser and small trainable heads (LADD,
-Sauer et al. 2024). L_kd asks G for the guided teacher's velocity, which is how guidance gets in.
-method = "dmd": instead of D, or beside it ("both"), a second score network learns what G makes, and
-G moves along the difference of the two scores (DMD2, Yin et al. 2024).
+G sees x_t at one of K fixed times and predicts x0 in one evaluation. D (adversaries.py) sees that
+prediction, noised again to a random t'. L_kd asks G for the guided teacher's velocity, which is how
+guidance gets in. method = "kd": that alone. method = "dmd": instead of D, or beside it ("both"), a
+second score network learns what G makes, and G moves along the difference of the two scores (DMD2,
+Yin et al. 2024).
 The run's health.png and log.csv show how it goes; final/ tells sample.py how to draw (few_steps).
 
-B batch | C H W latents | D channels of a tap | h w its grid | N places | W width of a head
+B batch | C H W latents | K steps of the student
 """
-import copy
 import sys
-from dataclasses import asdict, dataclass, field, replace
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
+from tqdm import tqdm
 
 import plots
+from adversaries import (
+    Critic,
+    critic_loss,
+    dmd_gradient,
+    fake_score,
+    generator_loss,
+    gradient_penalty,
+    matching_loss,
+    noise_like,
+    noised,
+    right_shares,
+    rolled,
+)
 from cache import make_cache
-from checkpoint import Run
+from checkpoint import Run, mean_over
 from common import UserError, autocast, fill, friendly, option, read_config, setup, use_bfloat16
-from costs import tap_names, tap_shape
-from data import Batch, Batches, seeded
+from data import BATCH, Batch, Batches, content_key, kept_tensors, rows_in_parts, seeded, wordings
 from decoder import to_pictures
-from distill import Distill, DistillConfig, Teacher, check_size, find_teacher, teacher_text
+from distill import Distill, DistillConfig, Teacher, by_bin, check_size, teacher_text
 from evaluate import health_warnings, latents_health
 from model import count_params, load_model
 from optim import EMA, Learner, Muon, average_gradients, rate
-from sample import euler, generate, sampling, times
+from sample import dpmpp, euler, generate, latents_noise, sampling, times
 from text import Text, Tokens
 from train import FlowConfig, Validation, draw_times, flow_loss, load_data, shown_prompts
+
+READY = 0.62        # of the discriminator's answers are right: the generator begins
 
 @dataclass
 class AdvConfig(DistillConfig):
     out: str = "runs/adv_nano"
-    init: str = "runs/kd_nano"      # the student: its networks, text and flow are taken over
+    init: str = "runs/nano"         # the student: its networks, text and flow are taken over
     teacher: str = ""               # empty: the student itself, frozen
-    teacher_cfg: float = option(4.0, low=0)     # guidance that is distilled in
-    kd_steps: int = option(1, low=1)            # Euler steps of the teacher from x_t to its x0
+    teacher_cfg: float = option(3.0, low=0)     # guidance that is distilled in, at all K times
+    kd_steps: int = option(2, low=1)            # Euler steps of the teacher from x_t to its x0
+    scaling: str = option("constant", choices=("timestep", "constant"))
+    alpha: float = option(0.0, low=0, high=1)   # with ratio "none": L_kd alone, a plain mean square
+    ratio: str = option("none", choices=("sample", "none"))
     featkd: bool = False            # not in this stage
     drop_caption: float = option(0.0, low=0, high=1)    # no guidance later, so no empty caption
-    method: str = option("gan", choices=("gan", "dmd", "both"))
+    method: str = option("gan", choices=("kd", "gan", "dmd", "both"))
     K: int = option(4, low=1, high=1000)        # steps of the student, at sample.times(K, shift)
     shift: float = option(0.0, low=0)           # shift of those times; 0: the student's flow.shift
     sampler: str = option("euler", choices=("euler", "renoise"))        # the student's
     backward_simulation: bool = False           # x_t: where G itself gets, not noised data
+    real: str = option("data", choices=("data", "teacher"))     # x0: or what the teacher draws
     generator_every: int = option(2, low=1)     # steps of D and the fake score for one of G
     kd_weight: float = option(1.0, low=0)       # of S(L_task, L_kd)
     # gan
-    loss: str = option("hinge", choices=("paper", "nonsaturating", "hinge"))
-    gan_weight: float = option(0.1, low=0)
-    critic: str = option("teacher", choices=("teacher", "init"))        # whose frozen features
-    critic_taps: list[str] = option([])         # empty: all stages or blocks
+    loss: str = option("nonsaturating",
+                       choices=("paper", "nonsaturating", "hinge", "relativistic"))
+    gan_weight: float = option(1.0, low=0)      # so that its pull is 0.5 to 1 times L_kd's
+    critic_start: int = option(200, low=0)      # steps at most that G waits for D
+    critic_taps: list[str] = option([])         # empty: all stages or blocks of the teacher
     critic_width: int = option(64, low=1)
-    critic_lr: float = option(5e-4, above=0)
+    critic_depth: int = option(2, low=1)        # convolutions of a head
+    critic_lr: float = option(3e-3, above=0)    # constant after the warm-up, as is fake_lr
+    critic_warmup: int = option(10, low=1)
     critic_times: FlowConfig = field(default_factory=lambda: FlowConfig(mean=1.0))      # of t'
-    r1: float = option(0.01, low=0)             # times a logit's squared gradient; 0: none
-    r1_sigma: float = option(0.1, above=0)      # the small noise that it is estimated with
+    r1: float = option(0.01, low=0)             # times a real logit's squared gradient; 0: none
+    r2: float = option(0.0, low=0)              # times a fake one's
+    r1_sigma: float = option(0.1, above=0)      # the small noise that both are estimated with
+    wrong_captions: bool = False                # real pictures with others' captions are fakes too
+    match_weight: float = option(0.0, low=0)    # of the distance of the heads' features
     # dmd
     dmd_weight: float = option(1.0, low=0)
     fake_lr: float = option(5e-4, above=0)
@@ -73,11 +97,17 @@ class AdvConfig(DistillConfig):
     def check(self):
         if self.featkd or self.accumulate != 1:
             raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
+        if self.real == "teacher" and self.data.folder:
+            raise UserError("real=teacher draws anew what scenes show: your own pictures want "
+                            "real=data")
 
-def noised(x0, t, g):
-    """x_t with fresh noise: (B, C, H, W), t (B,)."""
-    a = t[:, None, None, None]
-    return (1 - a) * x0 + a * torch.randn(x0.shape, generator=g, device=x0.device)
+    @property
+    def has_critic(self) -> bool:
+        return self.method in ("gan", "both")
+
+    @property
+    def has_fake(self) -> bool:
+        return self.method in ("dmd", "both")
 
 def predict(net, x, t, text: Tokens | Text):
     """x0 in one evaluation."""
@@ -94,7 +124,7 @@ def simulated(net, walk, k, shape, text, g, sampler="renoise"):
         x0 = predict(net, x[on], t.expand(len(on)), some)
         after = x0 + s / t * (x[on] - x0)
         if sampler == "renoise":
-            after = noised(x0, s.expand(len(on)), g)
+            after = noised(x0, s.expand(len(on)), noise_like(x0, g))
         x = x.index_copy(0, on, after)
     return x
 
@@ -105,87 +135,35 @@ def teacher_velocity(teacher, x, t, text: Text, steps: int):
     x0 = euler(lambda y, s: teacher(y, s.flatten(), text)[0].float(), x, walk)
     return (x - x0) / a                                         # (B, C, H, W)
 
-# ---------------------------------------------------------------------------- the discriminator
-class Head(nn.Module):
-    """Features (B, D, h, w) and a condition (B, W), which enters as a projection (Miyato and Koyama
-    2018) -> a logit for each place (B, h w)."""
-    def __init__(self, D, W):
-        super().__init__()
-        self.body = nn.Sequential(nn.GroupNorm(1, D), nn.Conv2d(D, W, 1), nn.SiLU(),
-                                  nn.Conv2d(W, W, 3, padding=1), nn.SiLU())
-        self.out = nn.Conv2d(W, 1, 1)
+def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor:
+    """What the guided teacher draws for the scenes of `latents`, in 14 steps of dpmpp, each with
+    one of the scene's wordings: fp16 of the same shape, made once and kept.
+    LADD trains on such pictures alone: G can reach them, and they agree with their captions."""
+    words = wordings(cfg, len(latents), vocabulary)
+    shape, device = tuple(latents.shape[1:]), teacher.empty.emb.device
+    schedule = times(14, cfg.flow.shift)
 
-    def forward(self, f, c):
-        y = self.body(f)                                        # (B, W, h, w)
-        agreement = (y * c[:, :, None, None]).mean(1)           # (B, h, w)
-        return (self.out(y)[:, 0] + agreement).flatten(1).float()
+    def drawn_batches(todo):
+        with tqdm(total=todo.stop, initial=todo.start, desc="the teacher draws") as bar:
+            for first in range(todo.start, todo.stop, BATCH):
+                some = range(first, min(first + BATCH, todo.stop))
+                L = words["lengths"][some, 0]
+                ids = words["ids"][some, 0, :L.max()].long()
+                tokens = Tokens(ids, torch.arange(L.max()) < L[:, None])
+                noise = latents_noise(some, shape, device)              # (B, C, H, W)
+                text = teacher.read(Batch(noise, tokens).to(device), vocabulary)
 
-class Critic(nn.Module):
-    """Heads on the features of a frozen denoiser, a distill.Teacher, through which gradients pass.
-    The heads are trained and kept; a Teacher is no module, so that it is neither."""
-    def __init__(self, cfg: AdvConfig, frozen: Teacher):
-        super().__init__()
-        network = frozen.denoiser.cfg
-        W = cfg.critic_width
-        self.frozen = frozen
-        self.taps = tuple(cfg.critic_taps or tap_names(network))
-        widths = [tap_shape(network, tap, cfg.data.size)[0] for tap in self.taps]
-        self.heads = nn.ModuleList(Head(D, W) for D in widths)
-        first = nn.Linear(32 + network.context_dim, W)      # of t' and the text's mean state
-        self.embed = nn.Sequential(first, nn.SiLU(), nn.Linear(W, W))
+                def velocity(x, t, text=text):
+                    return teacher(x, torch.full((len(x),), t, device=device), text)[0].float()
+                with torch.no_grad():
+                    yield dpmpp(velocity, noise, schedule).half().cpu()
+                bar.update(len(some))
 
-    def forward(self, x, t, text: Text):
-        """Noised latents (B, C, H, W) -> a list of each head's logits (B, N)."""
-        _, taps = self.frozen.denoiser(x.to(self.frozen.dtype), t, text.emb, text.mask,
-                                       features=self.taps, pooled=text.pooled)
-        c = self.condition(t, text)
-        # contiguous: on a CPU, GroupNorm's backward pass crashes for a channels_last input that
-        # wants no gradient (torch 2.13)
-        features = [taps[name].float().contiguous() for name in self.taps]
-        return [head(f, c) for head, f in zip(self.heads, features)]
-
-    def condition(self, t, text: Text):
-        angle = t[:, None] * torch.pi * 2.0 ** torch.arange(16, device=t.device).div(2)    # (B, 16)
-        weight = text.mask[..., None].float()
-        mean = (text.emb.float() * weight).sum(1) / weight.sum(1)
-        return self.embed(torch.cat([angle.cos(), angle.sin(), mean], -1))      # (B, W)
-
-# what D minimises on real and on fake logits, and what G minimises
-FORMS = {
-    # the minimax game itself: log D(x) + log(1 - D(x~)); then G maximises log D(x~) instead
-    "paper": (lambda r: F.softplus(-r), F.softplus, lambda f: -F.softplus(f)),
-    "nonsaturating": (lambda r: F.softplus(-r), F.softplus, lambda f: F.softplus(-f)),
-    "hinge": (lambda r: F.relu(1 - r), lambda f: F.relu(1 + f), lambda f: -f),
-}
-
-def over_heads(form, logits):
-    """Mean over places, then over heads: (B,)."""
-    return torch.stack([form(x).mean(1) for x in logits]).mean(0)
-
-def critic_loss(kind, real, fake):
-    return over_heads(FORMS[kind][0], real) + over_heads(FORMS[kind][1], fake)
-
-def generator_loss(kind, fake):
-    return over_heads(FORMS[kind][2], fake)
-
-def r1_penalty(critic, x, t, text, real, sigma: float, g):
-    """E |D(x + sigma n) - D(x)|^2 / sigma^2, about the squared gradient of a logit: (B,).
-    Approximate R1 (Lin et al. 2025): no second derivative through the features."""
-    near = critic(x + sigma * torch.randn(x.shape, generator=g, device=x.device), t, text)
-    squares = [(a - b).square().mean(1) for a, b in zip(near, real)]
-    return torch.stack(squares).mean(0) / sigma**2
-
-@torch.no_grad()
-def dmd_gradient(teacher, fake, x0, t, teacher_states: Text, text, g):
-    """The gradient on G's prediction x0 (DMD2, eq. 3): (B, C, H, W).
-    It is what the fake score's x0 is more than the guided real one's, over the latter's mean
-    distance from x0; divided by C H W, as the gradient of a mean over places is."""
-    x = noised(x0, t, g)
-    a = t[:, None, None, None]
-    real = x - a * teacher(x, t, teacher_states)[0].float()
-    false = x - a * fake(x, t, text).float()
-    distance = (x0 - real).abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)
-    return (false - real) / distance / x0[0].numel()
+    key = content_key(cfg.data, vars(cfg.flow), cfg.teacher, teacher.digest(), cfg.teacher_cfg,
+                      cfg.seed, shape)
+    path = Path(cfg.data.cache) / f"teacher-{len(latents)}-{key}.safetensors"
+    return kept_tensors(path, lambda: {
+        "latents": rows_in_parts(path, len(latents), drawn_batches)})["latents"]
 
 class Game:
     """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""
@@ -198,14 +176,11 @@ class Game:
         opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay, (0.0, 0.99))
         self.ema = EMA(net, cfg.ema)
         self.players = {"generator": Learner(net, opt, cfg.clip, self.ema)}
-        if cfg.method != "dmd":
-            frozen = self.teacher
-            if cfg.critic == "init":
-                frozen = Teacher(replace(cfg, teacher=cfg.init), device)
-            self.critic = Critic(cfg, frozen).to(device)
+        if cfg.has_critic:
+            self.critic = Critic(cfg, self.teacher).to(device)
             opt = Muon(self.critic, cfg.critic_lr, 0.0, 0.0, (0.0, 0.99))
             self.players["critic"] = Learner(self.critic, opt, cfg.clip)
-        if cfg.method != "gan":
+        if cfg.has_fake:
             self.fake = fake_score(cfg, net, device)
             opt = Muon(self.fake, cfg.fake_lr, 0.0, cfg.weight_decay)
             self.players["fake"] = Learner(self.fake, opt, cfg.clip)
@@ -219,25 +194,48 @@ class Game:
             parts[f"{name}_optimizer"] = player.opt
         return parts
 
-    def play(self, batch: Batch, step: int, g):
-        """One step of every player whose turn it is -> (predictions (B, C, H, W), log values)."""
+    def prepare_critic(self, batches: Batches, rank: int, world: int):
+        """D alone until it is right in READY of cases, at most cfg.critic_start steps: from a D
+        that knows nothing G would learn noise."""
+        cfg, right = self.cfg, deque(maxlen=10)
+        for n in tqdm(range(cfg.critic_start), "discriminator alone", delay=10, disable=rank > 0):
+            self.schedule_others(n)
+            k = (cfg.steps + n) * world + rank              # not the first batches of the training
+            _, values = self.play(batches(k), False, seeded(cfg.seed * 1000003 - k, self.device))
+            right.append(mean_over(values["accuracy"], world))
+            share = float(sum(right) / len(right))
+            if len(right) == right.maxlen and share >= READY:
+                break
+        if rank == 0 and right:
+            verdict = "" if share >= READY else f"; G begins all the same, {READY:.0%} was wanted"
+            print(f"discriminator alone: right in {share:.0%} of cases after {n + 1} steps"
+                  f"{verdict}", flush=True)
+
+    def schedule_others(self, n: int):
+        """The rates of D and the fake score at their step n: a warm-up, then constant."""
+        for name, player in self.players.items():
+            if name != "generator":
+                player.opt.schedule(min(1.0, (n + 1) / self.cfg.critic_warmup))
+
+    def play(self, batch: Batch, turn: bool, g):
+        """One step of every player, of G only where it is its turn
+        -> (predictions (B, C, H, W), log values)."""
         cfg, n = self.cfg, len(batch.x0)
         k = torch.randint(cfg.K, (n,), generator=g, device=self.device)
         t = self.walk[k]                                        # (B,)
-        turn = (step + 1) % cfg.generator_every == 0
         if cfg.backward_simulation:
             with autocast(self.device, self.bfloat16):
                 x_t = simulated(self.net, self.walk, k, batch.x0.shape, batch.text, g, cfg.sampler)
         else:
-            x_t = noised(batch.x0, t, g)
+            x_t = noised(batch.x0, t, noise_like(batch.x0, g))
         # a block of its own: autocast keeps weights that it has cast without gradients
         with autocast(self.device, self.bfloat16), torch.set_grad_enabled(turn):
             guess = predict(self.net, x_t, t, batch.text)       # (B, C, H, W)
         made = guess.detach()
         values = {}
-        if "critic" in self.players:
+        if cfg.has_critic:
             values |= self.critic_step(batch, made, g)
-        if "fake" in self.players:
+        if cfg.has_fake:
             values |= self.fake_step(batch, made, g)
         if turn:
             values |= self.generator_step(batch, x_t, t, guess, g)
@@ -248,23 +246,29 @@ class Game:
         return {f"grad_{name}": self.players[name].step()}
 
     def critic_step(self, batch: Batch, made, g) -> dict:
-        """D: real pictures up, predictions down, both noised to t'."""
+        """D: real pictures up, predictions down, both noised to t' with the same noise."""
         cfg, critic = self.cfg, self.critic
         values = {}
         with torch.no_grad():
             text = critic.frozen.read(batch, self.net.vocabulary)
         with autocast(self.device, self.bfloat16):
             t = draw_times(cfg.critic_times, len(batch.x0), g, self.device)
-            x = noised(batch.x0, t, g)
-            real = critic(x, t, text)
-            false = critic(noised(made, t, g), t, text)
-            loss = critic_loss(cfg.loss, real, false)
-            if cfg.r1:
-                r1 = r1_penalty(critic, x, t, text, real, cfg.r1_sigma, g)
-                loss = loss + cfg.r1 * r1
-                values["r1"] = r1.mean()
+            eps = noise_like(batch.x0, g)
+            x, x_made = noised(batch.x0, t, eps), noised(made, t, eps)
+            real, false = critic(x, t, text), critic(x_made, t, text)
+            loss = critic_loss(cfg.loss, real, false)           # (B,)
+            if cfg.wrong_captions:
+                wrong = critic(x, t, rolled(text))
+                loss = (loss + critic_loss(cfg.loss, real, wrong)) / 2
+                values["d_wrong"] = torch.cat(wrong, 1).sigmoid().mean()
+            values["bin_d"] = by_bin(loss.detach(), t)
+            for name, weight, at, logits in ("r1", cfg.r1, x, real), ("r2", cfg.r2, x_made, false):
+                if weight:
+                    squares = gradient_penalty(critic, at, t, text, logits, cfg.r1_sigma, g)
+                    loss = loss + weight * squares
+                    values[name] = squares.mean()
         loss.mean().backward()
-        right = [((r > 0).float().mean() + (f < 0).float().mean()) / 2 for r, f in zip(real, false)]
+        right = right_shares(cfg.loss, real, false)
         values |= {f"accuracy_{tap}": share for tap, share in zip(critic.taps, right)}
         values |= {"d_loss": loss.mean(), "d_real": torch.cat(real, 1).sigmoid().mean(),
                    "d_fake": torch.cat(false, 1).sigmoid().mean(),
@@ -290,20 +294,35 @@ class Game:
             if cfg.kd_weight:
                 loss, values = self.kd_loss(batch, x_t, t, leaf, text)
                 grads["kd"] = cfg.kd_weight * torch.autograd.grad(loss, leaf)[0]
-            if "critic" in self.players:
-                t2 = draw_times(cfg.critic_times, len(batch.x0), g, self.device)
-                read = self.critic.frozen.read(batch, self.net.vocabulary)
-                logits = self.critic(noised(leaf, t2, g), t2, read)
-                loss = generator_loss(cfg.loss, logits).mean()
-                grads["gan"] = cfg.gan_weight * torch.autograd.grad(loss, leaf)[0]
-                values["g_loss"] = loss
-            if "fake" in self.players:
+            if cfg.has_critic:
+                grads |= self.critics_gradients(batch, leaf, g)
+            if cfg.has_fake:
                 t2 = draw_times(cfg.flow, len(batch.x0), g, self.device)
                 move = dmd_gradient(self.teacher, self.fake, leaf.detach(), t2, text, batch.text, g)
                 grads["dmd"] = cfg.dmd_weight * move / len(leaf)
         values |= {f"pull_{name}": x.norm() for name, x in grads.items()}
+        if "gan" in grads and "kd" in grads:
+            values["pull_ratio"] = values["pull_gan"] / values["pull_kd"]
         guess.backward(sum(grads.values()))
         return values | self.update("generator")
+
+    def critics_gradients(self, batch: Batch, leaf, g) -> dict:
+        """What D's answers, and the features that they are read from, pull the prediction to."""
+        cfg, critic, grads = self.cfg, self.critic, {}
+        t = draw_times(cfg.critic_times, len(batch.x0), g, self.device)
+        eps = noise_like(leaf, g)
+        text = critic.frozen.read(batch, self.net.vocabulary)
+        real = theirs = None
+        if cfg.loss == "relativistic" or cfg.match_weight:
+            with torch.no_grad():
+                real, theirs = critic(noised(batch.x0, t, eps), t, text, hidden=True)
+        logits, ours = critic(noised(leaf, t, eps), t, text, hidden=True)
+        losses = {"gan": cfg.gan_weight * generator_loss(cfg.loss, real, logits)}
+        if cfg.match_weight:
+            losses["match"] = cfg.match_weight * matching_loss(theirs, ours)
+        for name, loss in losses.items():
+            grads[name] = torch.autograd.grad(loss.mean(), leaf, retain_graph=True)[0]
+        return grads
 
     def kd_loss(self, batch: Batch, x_t, t, x0, text: Text):
         """S(L_task, L_kd) of a prediction x0 -> (mean loss, values to log)."""
@@ -321,16 +340,7 @@ class Game:
             return losses["kd"].mean(), values
         return self.mixed.scaled(task, losses, t)[0].mean(), values
 
-def fake_score(cfg: AdvConfig, net, device):
-    """The network that learns what G makes: begins as the real score where that fits (DMD2)."""
-    fake = copy.deepcopy(net)
-    if find_teacher(cfg.teacher)[0] == "ours":
-        real, _ = load_model(cfg.teacher, device)
-        if real.denoiser.cfg == net.denoiser.cfg and real.text_cfg == net.text_cfg:
-            fake = real
-    return fake.requires_grad_(True).train()
-
-SHOWN = ("d_real", "d_fake", "accuracy", "r1", "fake_loss", "kd", "grad_generator", "lr")
+SHOWN = ("d_real", "d_fake", "accuracy", "pull_ratio", "fake_loss", "kd", "grad_generator", "lr")
 
 def distil(cfg: AdvConfig):
     device, rank, world = setup(cfg.device)
@@ -344,6 +354,8 @@ def distil(cfg: AdvConfig):
     torch.manual_seed(cfg.seed)
     game = Game(cfg, net, device, use_bfloat16(cfg.amp, device))
     ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary, game.teacher.states)
+    if cfg.real == "teacher":
+        latents = teachers_latents(cfg, game.teacher, latents, net.vocabulary)
     batches = Batches(cfg, latents, device, net.vocabulary)
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)
@@ -356,13 +368,17 @@ def distil(cfg: AdvConfig):
         walk = " ".join(f"{t:.2f}" for t in game.walk.tolist())
         print(f"{cfg.out}: {cfg.init} in {cfg.K} steps at t = {walk}, method {cfg.method}; "
               f"{', '.join(sizes)}; {device}, step {run.step} of {cfg.steps}", flush=True)
+    if cfg.has_critic and not run.start:
+        game.prepare_critic(batches, rank, world)
+        run.restart_clock()
 
     for step in run.steps():
-        for player in game.players.values():
-            player.opt.schedule(rate(cfg, step))
+        game.players["generator"].opt.schedule(rate(cfg, step))
+        waited = cfg.critic_warmup if cfg.has_critic and cfg.critic_start else 0
+        game.schedule_others(waited + step)
         g = seeded((cfg.seed * 1000003 + step) * world + rank, device)
         batch = batches(step * world + rank)
-        made, values = game.play(batch, step, g)
+        made, values = game.play(batch, (step + 1) % cfg.generator_every == 0, g)
         run.log(pictures=cfg.batch, learners=game.players.values(), **values,
                 lr=cfg.lr * rate(cfg, step))
         if rank == 0 and run.step % cfg.log_every == 0:
@@ -377,6 +393,15 @@ def distil(cfg: AdvConfig):
     if run.finish(final) and rank == 0:
         print(f"done: {run.out}/final; try `python sample.py \"{prompts[0]}\" --ckpt "
               f"{run.out}`")
+
+def pull_warnings(rows: list[dict]) -> list[str]:
+    """A line where the discriminator pulls far less or far more than L_kd does, in rows of a log.
+    It does its work at 0.5 to 1 times L_kd's pull."""
+    ratios = [ratio for _, ratio in plots.series(rows, "pull_ratio")]
+    if not ratios or 0.1 <= np.median(ratios) <= 10:
+        return []
+    return [f"the discriminator pulls the prediction {np.median(ratios):.2g} times as much as "
+            "L_kd: change gan_weight until it is 0.5 to 1 times"]
 
 def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation, prompts, few):
     """The averaged student in K steps: its grid, its health, its flow loss."""
@@ -396,7 +421,8 @@ def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation
     run.row(val=val, **{f"sample_{k}": v for k, v in h.items()})
     print(f"step {run.step}: in {cfg.K} steps: " + ", ".join(f"{k} {v:.3f}" for k, v in h.items()),
           flush=True)
-    for line in health_warnings(h):
+    recent = [row for row in run.rows if int(row["step"]) > run.step - cfg.eval_every]
+    for line in health_warnings(h) + pull_warnings(recent):
         print(f"step {run.step}: {line}", flush=True)
     plots.health(run.out / "log.csv", run.out / "health.png")
 

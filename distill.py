@@ -14,6 +14,7 @@ Every part has a switch; kd=false featkd=false is train.py.
 
 B batch | C channels of the student's tap | D of the teacher's | h w its grid | P pooled width
 """
+import hashlib
 import re
 import sys
 from dataclasses import dataclass, replace
@@ -159,6 +160,14 @@ class Teacher:
         if self.encoders:
             return self.by_sd3([""])
         return self.text(on_device(self.vocabulary.tokenize([""]), device))
+
+    def digest(self) -> str:
+        """A name for its weights and its text encoder's."""
+        sha = hashlib.sha256()
+        for net in (self.denoiser, self.text):
+            for x in net.state_dict().values() if net else ():
+                sha.update(x.float().cpu().contiguous().numpy().tobytes())
+        return sha.hexdigest()[:16]
 
     def own_dtype(self, text: Text) -> Text:
         pooled = None if text.pooled is None else text.pooled.to(self.dtype)

@@ -9,6 +9,7 @@ from PIL import Image, ImageDraw
 from common import UserError, read_log
 
 BLUE, ORANGE, GREEN, GREY = "#2a6fdb", "#e07b22", "#3d9a4a", "#a8a8a8"
+COLOURS = (BLUE, ORANGE, GREEN, "#8a4fbf", "#c2384e", "#1b9aaa", "#7a5c3e", GREY)
 BINS = 8        # of t, in the log of distill.py
 
 def grid(pictures, captions=(), columns: int = 0, scale: int = 1) -> Image.Image:
@@ -41,12 +42,16 @@ class Panel(NamedTuple):
     log: bool = True            # a logarithmic vertical axis, on which 0 and less have no place
 
 def chart(panels: list[Panel], out):
-    """Saves the panels side by side."""
+    """Saves the panels, at most three side by side."""
     from matplotlib.figure import Figure  # not pyplot, which keeps every figure in a global list
     from matplotlib.ticker import LogLocator
-    figure = Figure(figsize=(6.4 * len(panels), 4), layout="constrained")
-    axes = figure.subplots(1, len(panels), squeeze=False)[0]
-    for ax, panel in zip(axes, panels, strict=True):
+    rows = -(-len(panels) // 3)
+    columns = -(-len(panels) // rows)
+    figure = Figure(figsize=(6.4 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for ax in axes[len(panels):]:
+        ax.set_visible(False)
+    for ax, panel in zip(axes, panels):
         for line in panel.lines:
             points = [p for p in line.points if np.isfinite(p[1]) and (p[1] > 0 or not panel.log)]
             if points:
@@ -99,14 +104,25 @@ def scaling(run):
     chart(panels, Path(run) / "scaling.png")
 
 def health(csv, out):
-    """health.png: the discriminator's answers, and the predictions beside real pictures."""
+    """health.png: the predictions beside real pictures; where there is a discriminator, its
+    answers, its share of right ones at each tap, its loss by t', and how much it pulls."""
     rows = read_log(csv)
     real = dict(series(rows, "real_std"))
     deviation = [(step, v / real[step]) for step, v in series(rows, "pixel_std") if real.get(step)]
-    answers = [Line("D(real)", BLUE, series(rows, "d_real")),
-               Line("D(fake)", ORANGE, series(rows, "d_fake")),
-               Line("accuracy", GREY, series(rows, "accuracy"))]
     spreads = [Line("spread between captions", BLUE, series(rows, "spread")),
                Line("deviation of the pixels", ORANGE, deviation)]
-    chart([Panel("discriminator", "step", answers, log=False),
-           Panel("predictions, relative to real pictures", "step", spreads, log=False)], out)
+    panels = [Panel("predictions, relative to real pictures", "step", spreads, log=False)]
+    if series(rows, "d_loss"):
+        answers = [Line("D(real)", BLUE, series(rows, "d_real")),
+                   Line("D(fake)", ORANGE, series(rows, "d_fake")),
+                   Line("accuracy", GREY, series(rows, "accuracy"))]
+        taps = [key for key in rows[0] if key.startswith("accuracy_")]
+        right = [Line(key.removeprefix("accuracy_"), COLOURS[i % len(COLOURS)], series(rows, key))
+                 for i, key in enumerate(taps)]
+        by_time = [Line("last half of the run", BLUE, bin_means(rows[len(rows) // 2:], "bin_d"))]
+        pulls = [Line("of L_kd's", BLUE, series(rows, "pull_ratio"))]
+        panels += [Panel("discriminator's answers", "step", answers, log=False),
+                   Panel("its share of right answers, by tap", "step", right, log=False),
+                   Panel("its loss", "t': 0 is the picture, 1 is noise", by_time, log=False),
+                   Panel("its pull on the prediction", "step", pulls)]
+    chart(panels, out)

@@ -35,6 +35,7 @@ import tarfile
 import time
 from collections import Counter
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -46,6 +47,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 import adv_distill
+import adversaries
 import cache
 import checker
 import checkpoint
@@ -237,7 +239,8 @@ class Pipeline:
         if stage == "distill":
             return ["distill.py", *self.arguments, f"teacher={self('mmdit')}", "muon_lr=0.02"]
         more = [f"init={self('distill')}", f"teacher={self('train')}", f"method={stage}"]
-        more += ["K=2", "shift=1.0", "generator_every=1", "critic_width=16"]
+        more += ["K=2", "shift=1.0", "generator_every=1", "critic_width=16",
+                 "critic_start=3"]
         return ["adv_distill.py", *self.arguments, *more]
 
 @pytest.fixture(scope="session")
@@ -1215,12 +1218,16 @@ def test_a_bad_score_or_decoder_is_named_in_one_line(words, said):
 # ---------------------------------------------------------------------------- plots.py
 def test_charts_are_drawn_from_a_log_without_pyplot(tmp_path):
     import plots
-    rows = [{"step": s, "loss": 1 / s, "d_real": 0.5, "real_std": 2} for s in range(1, 9)]
+    rows = [{"step": s, "loss": 1 / s, "real_std": 2} for s in range(1, 9)]
     rows[3]["loss"] = float("nan")
-    common.write_log(tmp_path / "log.csv", rows)
-    plots.losses(tmp_path / "log.csv", tmp_path / "loss.png")
-    plots.health(tmp_path / "log.csv", tmp_path / "health.png")         # two charts
-    assert Image.open(tmp_path / "health.png").width > Image.open(tmp_path / "loss.png").width > 0
+    sizes = []
+    for more in {}, {"d_loss": 1.0, "accuracy_up0": 0.7, "bin_d0": 0.5}:    # 1 chart; 5 in 2 rows
+        common.write_log(tmp_path / "log.csv", [row | more for row in rows])
+        plots.losses(tmp_path / "log.csv", tmp_path / "loss.png")
+        plots.health(tmp_path / "log.csv", tmp_path / "health.png")
+        sizes.append(Image.open(tmp_path / "health.png").size)
+    w, h = Image.open(tmp_path / "loss.png").size
+    assert sizes == [(w, h), (3 * w, 2 * h)]
     assert "matplotlib.pyplot" not in sys.modules
 # ---------------------------------------------------------------------------- common.py
 def test_overrides_reach_nested_tables(tmp_path):
@@ -1624,18 +1631,53 @@ def test_sd3_teaches_by_its_own_encoders_once_a_batch(pipeline, sd3_folder, monk
 # ---------------------------------------------------------------------------- adv_distill.py
 def test_gradients_of_d_stop_at_the_frozen_features(pipeline):
     cfg = common.read_config(adv_distill.AdvConfig(), pipeline.command("gan")[1:])
-    critic = adv_distill.Critic(cfg, distill.Teacher(cfg, torch.device("cpu")))
-    net, (batch, _, t) = shaken(model.load_model(cfg.init)[0]), tiny_batch()
+    critic = adversaries.Critic(cfg, distill.Teacher(cfg, torch.device("cpu")))
+    net, (batch, eps, t) = shaken(model.load_model(cfg.init)[0]), tiny_batch()
     net.requires_grad_(True).train()
-    g, states = torch.Generator().manual_seed(0), critic.frozen.read(batch)
-    made = adv_distill.predict(net, adv_distill.noised(batch.x0, t, g), t, batch.text)
+    states = critic.frozen.read(batch)
+    made = adv_distill.predict(net, adversaries.noised(batch.x0, t, eps), t, batch.text)
     real, fake = critic(batch.x0, t, states), critic(made.detach(), t, states)
-    adv_distill.critic_loss("paper", real, fake).mean().backward()
+    adversaries.critic_loss("paper", real, fake).mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in critic.parameters())
     assert all(p.grad is None for p in net.parameters())
-    adv_distill.generator_loss("hinge", critic(made, t, states)).mean().backward()
+    adversaries.generator_loss("hinge", real, critic(made, t, states)).mean().backward()
     assert all(p.grad.abs().sum() > 0 for p in net.denoiser.parameters())
     assert all(p.grad is None for p in critic.frozen.denoiser.parameters())
+
+def test_d_sees_both_sides_in_the_same_noise(pipeline):
+    cfg = common.read_config(adv_distill.AdvConfig(), pipeline.command("gan")[1:])
+    game = adv_distill.Game(cfg, model.load_model(cfg.init)[0], torch.device("cpu"), False)
+    batch, g = tiny_batch()[0], torch.Generator().manual_seed(0)
+    values = game.critic_step(batch, batch.x0, g)       # predictions without a flaw
+    assert values["accuracy"] == 0.5 and values["d_real"] == values["d_fake"]
+    assert torch.isfinite(values["bin_d"]).any() and values["bin_d"].shape == (8,)
+
+def test_g_waits_until_d_is_right_often_enough():
+    cfg, turns = adv_distill.AdvConfig(critic_start=50), []
+
+    def play(batch, turn, g):
+        turns.append(turn)
+        return None, {"accuracy": torch.tensor(0.5 if len(turns) <= 20 else 0.7)}
+    game = SimpleNamespace(cfg=cfg, device="cpu", play=play, schedule_others=turns.count)
+    adv_distill.Game.prepare_critic(game, lambda k: None, 0, 1)
+    assert turns == [False] * 27            # the last ten: 3 x 0.5 and 7 x 0.7 are 0.64
+
+def test_every_remedy_of_the_discriminator_trains(pipeline, tmp_path):
+    remedies = ["real=teacher", "loss=relativistic", "r2=0.01", "wrong_captions=true",
+                "match_weight=0.1", "critic_depth=1", "log_every=2"]
+    succeeds(*pipeline.command("gan"), *remedies, f"out={tmp_path / 'run'}")
+    rows = [row for row in common.read_log(tmp_path / "run/log.csv") if row.get("d_loss")]
+    for key in "r1", "r2", "d_wrong", "pull_kd", "pull_gan", "pull_match", "pull_ratio":
+        assert all(float(row[key]) > 0 for row in rows), key
+    drawn = safetensors.torch.load_file(*(pipeline.folder / "cache").glob("teacher-*"))["latents"]
+    assert drawn.shape == (32, 16, 8, 8) and drawn.std() > 0.1
+
+def test_a_discriminator_that_pulls_too_little_is_named():
+    def rows(ratio):
+        return [{"step": "1", "pull_ratio": str(ratio)}, {"step": "2"}]
+    assert adv_distill.pull_warnings(rows(0.7)) == adv_distill.pull_warnings([]) == []
+    assert "0.01 times" in adv_distill.pull_warnings(rows(0.01))[0]
+    assert "20 times" in adv_distill.pull_warnings(rows(20))[0]
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_backward_simulation_walks_as_the_sampler_does(sampler):
@@ -1654,10 +1696,12 @@ def test_backward_simulation_walks_as_the_sampler_does(sampler):
     ("paper", (2 * np.log(2), -np.log(2))),
     ("nonsaturating", (2 * np.log(2), np.log(2))),
     ("hinge", (2, 0)),
+    ("relativistic", (np.log(2), np.log(2))),
 ])
 def test_each_loss_teaches_d_and_pulls_g_towards_real(kind, at_zero):
     real, fake, made = (torch.zeros(1, 3, requires_grad=True) for _ in range(3))
-    d, g = adv_distill.critic_loss(kind, [real], [fake]), adv_distill.generator_loss(kind, [made])
+    d = adversaries.critic_loss(kind, [real], [fake])
+    g = adversaries.generator_loss(kind, [real.detach()], [made])
     assert (d.item(), g.item()) == pytest.approx(at_zero)
     (d + g).backward()                                          # each loss falls along -grad
     assert (real.grad < 0).all() and (fake.grad > 0).all() and (made.grad < 0).all()
@@ -1668,7 +1712,7 @@ def test_r1_is_the_squared_gradient_of_a_logit():
 
     def critic(x, t, states):
         return [(x.flatten(1) @ w)[:, None], 0 * x.flatten(1)]  # the second head is flat
-    r1 = adv_distill.r1_penalty(critic, x, t, None, critic(x, t, None), 0.05, g).mean()
+    r1 = adversaries.gradient_penalty(critic, x, t, None, critic(x, t, None), 0.05, g).mean()
     assert r1.item() == pytest.approx(w.square().sum().item() / 2, rel=0.05)
     assert F.cosine_similarity(torch.autograd.grad(r1, w)[0], w, 0) > 0.99      # it shrinks w
 
@@ -1677,7 +1721,7 @@ def test_dmd_moves_towards_the_real_and_stops_there():
         return lambda x, t, *_: gaussian_velocity(mean, 0.5)(x, t[:, None, None, None])
     zero, one, g = network(0.0), network(1.0), torch.Generator().manual_seed(0)
     x, t = torch.randn(512, 1, 2, 2) / 2, torch.full((512,), 0.5)
-    pulls = [adv_distill.dmd_gradient(lambda *args: (one(*args), {}), fake, x, t, None, None, g)
+    pulls = [adversaries.dmd_gradient(lambda *args: (one(*args), {}), fake, x, t, None, None, g)
              for fake in (zero, one)]
     assert (pulls[0] < 0).all() and pulls[0].sum((1, 2, 3)).mean().abs() < 2    # of order one
     assert pulls[1].abs().max() == 0

@@ -15,7 +15,8 @@ from types import SimpleNamespace
 import torch
 import torch.nn as nn
 
-from adv_distill import AdvConfig, Critic
+from adv_distill import AdvConfig
+from adversaries import Critic
 from checkpoint import read_description, resolve
 from common import UserError, fill, friendly, option, read_config, read_toml, use_bfloat16
 from costs import GiB, caption_tokens, forward_flops, kept_storages, tap_shape
@@ -113,8 +114,7 @@ def plan_adversarial(p: Planner, cfg: AdvConfig):
     except UserError:
         print(f"init={cfg.init} is not there: planned with the config's own network")
     teacher = teacher_network(cfg.teacher) if cfg.teacher else student
-    seen = teacher if cfg.critic == "teacher" else student      # by the critic
-    seen = replace(seen, checkpoint=student.checkpoint)
+    seen = replace(teacher, checkpoint=student.checkpoint)      # by the critic
     S, D = p.work(student), p.work(seen)
     T = (1 + (cfg.teacher_cfg != 1)) * p.work(teacher)
     turns = 1 / cfg.generator_every             # the generator's steps, of all
@@ -124,15 +124,15 @@ def plan_adversarial(p: Planner, cfg: AdvConfig):
         p.flops += (cfg.K - 1) / 2 * S          # on the way to x_t, on average
     if cfg.kd_weight:
         p.flops += turns * cfg.kd_steps * T
-    gradients = cfg.method != "dmd" and cfg.critic == "teacher"
-    p.frozen("teacher", seen if gradients else teacher, gradients)
-    if cfg.method != "dmd":
-        if cfg.critic == "init":
-            p.frozen("features", seen, gradients=True)
+    p.frozen("teacher", seen if cfg.has_critic else teacher, cfg.has_critic)
+    if cfg.has_critic:
         p.trained("critic", Critic(cfg, SimpleNamespace(denoiser=SimpleNamespace(cfg=seen))))
-        p.flops += (2 + bool(cfg.r1)) * D       # real, fake, and for R1 near the real
+        near = bool(cfg.r1) + bool(cfg.r2) + cfg.wrong_captions
+        p.flops += (2 + near) * D               # real, fake; near them for R1, R2; wrong captions
         p.flops += turns * 2 * D                # for G: forward, and back to the input
-    if cfg.method != "gan":
+        if cfg.loss == "relativistic" or cfg.match_weight:
+            p.flops += turns * D                # for G: the real side
+    if cfg.has_fake:
         p.trained("fake", TextToLatents(student, replace(text)))
         p.flops += 3 * S + turns * (T + S)      # its own step; for G both scores
 
