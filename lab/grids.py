@@ -2,11 +2,14 @@
 
     python -m lab.grids ablation [--jobs 2] [--rows a b final] [key=value ...]
     python -m lab.grids distillation [--seeds 3] [--jobs 2] [key=value ...]
+    python -m lab.grids adversarial [--seeds 3] [--jobs 2] [--fd 2000] [key=value ...]
 
 ablation trains configs/ablation.toml once for each row of model.LADDER, scores it, and times one
 denoising step of all rows in turns. distillation trains configs/kd_nano.toml in each of KD_ROWS
 with each seed, all from one teacher (train configs/teacher_nano.toml before); then the student
-alone again, for as long as the slowest row took. Run the same command again to go on.
+alone again, for as long as the slowest row took. adversarial trains configs/adv_nano.toml in each
+of ADV_ROWS, all from one student, with equal steps of the generator. Run the same command again to
+go on.
 """
 import argparse
 import json
@@ -21,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from adv_distill import AdvConfig
 from checkpoint import resolve
 from common import ROOT, UserError, friendly, provenance, read_config, read_log, setup
 from distill import Distill, DistillConfig
@@ -41,6 +45,21 @@ KD_ROWS = {     # of DistillConfig
     "+ output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
 }
 LONGER = "alone, as long as the slowest"
+ADV_ROWS = {    # of AdvConfig
+    "KD alone": ["method=kd"],
+    "KD + GAN": [],
+    "KD + DMD": ["method=dmd"],
+    "KD + GAN + DMD": ["method=both"],
+    # each alone, on top of KD + GAN
+    "real: the teacher's pictures": ["real=teacher"],
+    "wrong captions are fakes": ["wrong_captions=true"],
+    "relativistic, R1 and R2": ["loss=relativistic", "r2=0.01"],
+    "feature matching": ["match_weight=1.0"],
+    "heads of depth 1": ["critic_depth=1"],
+    "heads of depth 4": ["critic_depth=4"],
+    "GAN alone": ["kd_weight=0.0"],
+}
+UNTRAINED = "nothing: the student as it was, guided"
 
 # ------------------------------------------------------------------------- trainings in a row
 def score_command(args, ckpt, out: Path) -> list[str]:
@@ -141,6 +160,61 @@ def distillation_grid(args):
         found["rows"][row] = {"steps": outcomes[-1]["steps"], "step_s": step_s, "seeds": outcomes}
     write_result(args, cfg, found)
 
+# ------------------------------------------------------------------------- few steps
+def scored_in_steps(args, ckpt, out: Path, counts) -> list[list[str]]:
+    """Scores in so many steps each; the first count's also has the Frechet distance, and is the
+    last to be there, in `out` itself."""
+    commands = []
+    for n in counts[:0:-1]:
+        commands.append([*score_command(args, ckpt, out / f"in_{n}"), "--steps", str(n)])
+    words = ["--steps", str(counts[0]), "--fd", str(args.fd)]
+    return [*commands, [*score_command(args, ckpt, out), *words]]
+
+def few_step_row(args, cfg: AdvConfig, out: Path, keys, counts) -> list[list[str]]:
+    """Training and scoring, with as many steps of the generator as in every other row."""
+    if "method=kd" in keys:                 # nobody for whom the generator could wait
+        keys = [*keys, "generator_every=1", f"steps={cfg.steps // cfg.generator_every}",
+                f"warmup={max(1, cfg.warmup // cfg.generator_every)}"]
+    train = row_commands(args, "adv_distill.py", out, keys)[0]
+    return [train, *scored_in_steps(args, out / "final", out, counts)]
+
+def few_step_outcome(run: Path, counts) -> dict:
+    """Its score.json in each number of steps, and how the discriminator did in the last third."""
+    found = {"scores": {}}
+    for n in counts:
+        folder = run if n == counts[0] else run / f"in_{n}"
+        found["scores"][n] = json.loads((folder / "score.json").read_text())
+    if (run / "log.csv").exists():
+        rows = read_log(run / "log.csv")
+        rows = rows[len(rows) * 2 // 3:]
+        for key in "accuracy", "pull_ratio", "val":
+            values = [value for _, value in series(rows, key)]
+            found[key] = sum(values) / len(values) if values else None
+    return found
+
+def adversarial_grid(args):
+    cfg = read_config(AdvConfig(), ["--config", args.config, *args.overrides])
+    base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + args.seeds)
+    init = resolve(cfg.init)
+    counts = [n for n in (cfg.K, 2, 1) if n <= cfg.K]
+    commands = {"before": [[*score_command(args, init, base / "before"), "--fd", str(args.fd)]],
+                "untrained": scored_in_steps(args, init, base / "untrained", counts)}
+    for seed in seeds:
+        for row in args.rows or ADV_ROWS:
+            out = base / row_folder(row, seed)
+            keys = [*ADV_ROWS[row], f"seed={seed}"]
+            commands[out.name] = few_step_row(args, cfg, out, keys, counts)
+    run_rows(commands, base, args.jobs)
+
+    before = json.loads((base / "before/score.json").read_text())
+    found = {"K": cfg.K, "before": before,
+             "rows": {UNTRAINED: [few_step_outcome(base / "untrained", counts)]}}
+    for row in ADV_ROWS:
+        runs = sorted(path.parent for path in base.glob(row_folder(row, "[0-9]*") + "/score.json"))
+        if runs:
+            found["rows"][row] = [few_step_outcome(run, counts) for run in runs]
+    write_result(args, cfg, found)
+
 # ------------------------------------------------------------------------- ablation
 def at_small_width(row: str, cfg: UNetConfig) -> UNetConfig:
     """The row's flags of the paper's ladder, with half its depths, on the widths of `cfg`."""
@@ -182,6 +256,7 @@ def ablation_grid(args):
 GRIDS = {
     "ablation": (ablation_grid, "configs/ablation.toml", ROWS),
     "distillation": (distillation_grid, "configs/kd_nano.toml", KD_ROWS),
+    "adversarial": (adversarial_grid, "configs/adv_nano.toml", ADV_ROWS),
 }
 
 def main(argv):
@@ -189,10 +264,11 @@ def main(argv):
     p.add_argument("grid", choices=GRIDS)
     p.add_argument("overrides", nargs="*", metavar="key=value", help="of the config")
     p.add_argument("--rows", nargs="+", default=[], help="these alone, and 'alone'")
-    p.add_argument("--seeds", type=int, default=3, help="of distillation (3)")
+    p.add_argument("--seeds", type=int, default=3, help="of each row (3)")
     p.add_argument("--jobs", type=int, default=1, help="rows that train side by side (1)")
     p.add_argument("--prompts", type=int, default=60, help="a category (60)")
     p.add_argument("--each", type=int, default=2, help="pictures a prompt (2)")
+    p.add_argument("--fd", type=int, default=2000, help="pictures for the Frechet distance (2000)")
     p.add_argument("--out", default="runs", help="folder of the JSON file; docs/results has ours")
     args = p.parse_intermixed_args(argv)
     run_grid, args.config, known = GRIDS[args.grid]

@@ -219,6 +219,43 @@ def distillation(folder) -> str:
     return table(rows, columns) + source(
         "python -m lab.grids distillation --seeds 2 --prompts 30 --each 4", found)
 
+def adversarial(folder) -> str:
+    """Students of K steps: scores, and what is paired with L_kd alone."""
+    found, rows = read_result(folder, "adversarial"), []
+    K = str(found["K"])
+    counts = list(found["rows"]["KD alone"][0]["scores"])
+    alone = [run["scores"][K] for run in found["rows"]["KD alone"]]
+    every = {"before, 28 steps, guidance 4": [{"scores": {K: found["before"]}}]} | found["rows"]
+    for name, runs in every.items():
+        rows.append(few_step_cells(name, runs, K, counts, alone))
+    columns = {"student": "{name}", "seeds": "{seeds}", f"score in {K} steps (95 %)": "{score}",
+               "minus KD alone (paired, 95 %)": "{gain}", "Frechet distance": "{fd:.2f}",
+               "precision": "{precision:.2f}", "recall": "{recall:.2f}",
+               **{f"in {n}": "{in_" + n + "}" for n in counts[1:]},
+               "D right": "{accuracy}", "GAN's pull / KD's": "{pull_ratio}"}
+    return table(rows, columns) + source("python -m lab.grids adversarial", found)
+
+def few_step_cells(name: str, runs: list[dict], K: str, counts, alone: list[dict]) -> dict:
+    """Means over the seeds; the interval of one seed is that of its prompts."""
+    first = [run["scores"][K] for run in runs]
+    cells = {"name": name, "seeds": len(runs), "gain": ""}
+    cells["score"] = interval_text(first[0]["scores"]["mean"])
+    if len(runs) > 1:
+        means = [run["scores"]["mean"]["score"] for run in first]
+        cells["score"] = f"{statistics.mean(means):.3f} ({min(means):.3f}, {max(means):.3f})"
+    if first != alone:
+        gap = paired(first, alone)
+        cells["gain"] = "{difference:+.3f} ({low:+.3f}, {high:+.3f})".format(**gap)
+    for key in "fd", "precision", "recall":
+        cells[key] = statistics.mean(run[key] for run in first)
+    for n in counts[1:]:
+        scores = [run["scores"][n]["scores"]["mean"]["score"] for run in runs if n in run["scores"]]
+        cells[f"in_{n}"] = f"{statistics.mean(scores):.3f}" if scores else ""
+    for key in "accuracy", "pull_ratio":
+        values = [run[key] for run in runs if run.get(key) is not None]
+        cells[key] = f"{statistics.mean(values):.2f}" if values else ""
+    return cells
+
 def ablation(folder) -> str:
     found, rows = read_result(folder, "ablation"), []
     first = next(iter(found["rows"].values()))["step_512_s"]
@@ -261,6 +298,7 @@ def bench_table(folder, subject: str, columns: dict, rows="rows") -> str:
 
 TABLES = {
     "scores": scores, "geneval": geneval, "few_steps": few_steps, "distillation": distillation,
+    "adversarial": adversarial,
     "ablation": ablation, "decoder_quality": decoder_quality,
     "bench_unet": partial(bench_table, subject="unet", columns=NETWORK),
     "bench_decoder": partial(bench_table, subject="decoder", columns=NETWORK),
