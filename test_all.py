@@ -1045,14 +1045,15 @@ def test_rights_of_prompts_make_up_the_score():
     source = scenes.Scenes(64, "test")
     asked = [source.scene(i, category) for category in source.categories for i in range(4)]
     shown = [scene for scene in asked for _ in range(3)]
-    for i in range(0, 63, 4):                               # wrong pictures; "three" has none
-        shown[i] = source.scene(99 + i, "single")
+    shown[:72:4] = asked[:1] * 18           # right for the first prompt alone; none of "three"
+    asked[7], shown[21:24] = replace(asked[-1], category="two"), asked[-1:] * 3
+    asked[7].groups = asked[-1].groups[:2]  # a third thing may be there: only `exact` minds
     rows, rights, *_ = evaluate.score([noise(0, 64)] * 84, asked, oracle(shown), 3)
-    assert rights["single"] == [0.6667, 0.6667, 0.6667, 1] and rights["three"] == [1] * 4
-    means = {category: np.mean(shares) for category, shares in rights.items()}
-    assert means == pytest.approx({c: rows[c]["score"] for c in source.categories}, abs=1e-4)
-    six = np.mean([means[c] for c in scenes.CATEGORIES])
-    assert rows["mean"]["score"] == pytest.approx(six, abs=1e-4)
+    assert rights["single"] == [1, 0.6667, 0.6667, 1] and rights["three"] == [1] * 4
+    assert rights["two"][3] == 1 and rows["two"]["exact"] < rows["two"]["score"]
+    for category, row in rows.items():
+        parts = scenes.CATEGORIES if category == "mean" else [category]
+        assert row["score"] == pytest.approx(np.mean([rights[c] for c in parts]), abs=1e-4)
 
 def test_the_shipped_checker_reads_held_out_renders():
     for top in checker.ceiling(checker.load_checker(), scenes.Scenes(64, "test", seed=5), 20):
@@ -1198,14 +1199,12 @@ def test_a_checkpoint_is_scored_and_its_json_is_whole(tmp_path, monkeypatch):
     keys = "ckpt step steps cfg sampler wording nouns layout prompts each seconds scores ceiling " \
            "exact_ceiling confusions rights commit machine torch date seed fd fd_floor " \
            "fd_pictures precision recall fid"
-    assert list(result) == keys.split() and result["ckpt"] == "assets/fast"
-    assert (result["nouns"], result["layout"]) == (80, "free")
+    assert list(result) == keys.split()
+    assert [result[key] for key in ("ckpt", "nouns", "layout")] == ["assets/fast", 80, "free"]
     rows = [*scenes.CATEGORIES, "three", "mean"]
     assert list(result["scores"]) == list(result["ceiling"]) == rows
     assert set(result["scores"]["mean"]) == {
         "score", "low", "high", "shuffled", "exact", "exact_low", "exact_high"}
-    six = [result["scores"][c]["score"] for c in scenes.CATEGORIES]     # three things are beside it
-    assert result["scores"]["mean"]["score"] == pytest.approx(np.mean(six))
     assert all(result["rights"][c] == [result["scores"][c]["score"]] for c in rows[:-1])
 
 @pytest.mark.parametrize("words, said", [
@@ -2005,12 +2004,52 @@ def test_named_run_is_taken_and_two_claims_fail(tmp_path):
     with pytest.raises(UserError, match="a and .*c both score assets/x in 4 steps"):
         tables.runs_of(tmp_path, "assets/x")
 
-def test_ladder_rows_differ_at_a_small_width():
-    from lab import grids
+def scored_run(*shares):
+    """What is compared of a score.json; each category has the same rights."""
+    return {"ckpt": "x", "rights": dict.fromkeys(scenes.CATEGORIES, list(shares)), "nouns": 12,
+            "prompts": len(shares), "wording": "own", "layout": "slots"}
+
+def test_two_models_are_compared_over_prompts():
+    from lab import tables
+    paired, seen = tables.paired, [scored_run(1, 0.5, 0, 0.5), scored_run(1, 1, 1, 0.5)]
+    found = paired([scored_run(1, 0.5, 1, 0.5)], seen)          # 3/4 beside (1/2 + 7/8) / 2
+    assert [found["difference"], found["ratio"]] == pytest.approx([3 / 4 - 11 / 16, 12 / 11])
+    assert list(paired(seen[:1], seen[:1]).values()) == [0, 0, 0, 1, 1, 1]
+    shares = np.random.default_rng(0).integers(0, 8, 40) / 10
+    gain = paired([scored_run(*shares + 0.1)], [scored_run(*shares)])
+    assert [gain["low"], gain["high"]] == pytest.approx([0.1, 0.1]) and gain["ratio_low"] > 1.1
+    low, high = (scored_run(*[share] * 4) for share in (0.2, 0.8))
+    runs = paired([low, high], [high | {"each": 9}])            # no prompt differs, but a run does
+    assert [runs["low"], runs["high"]] == pytest.approx([-0.6, 0])
+    for change in {"nouns": 80}, {"wording": "wide"}, {"layout": "free"}, {"prompts": 3}:
+        with pytest.raises(UserError, match=f"same prompts: {list(change)[0]} is "):
+            paired([low], [high | change])
+
+def test_cells_have_paired_intervals_where_there_are_rights(tmp_path):
+    from lab import tables
+    found = tables.read_result(tables.RESULTS, "ablation")
+    found["rows"] = {row: found["rows"][row] | scored_run(1, share)
+                     for row, share in (("a", 1), ("c1", 0.5))}
+    (tmp_path / "ablation.json").write_text(json.dumps(found))
+    assert "high resolution, separable convolutions |" in tables.ablation(tmp_path)     # b and c1
+    assert "| -0.250 (" in tables.ablation(tmp_path)
+    for name, share in ("base28", 1), ("base4", 0), ("fast4", 0.5):
+        run = tables.read_result(tables.RESULTS / name, "score")
+        run |= scored_run(1, share) | {"ckpt": run["ckpt"]}
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "score.json").write_text(json.dumps(run))
+    assert "| 0.750 (" in tables.few_steps(tmp_path)
+    assert tables.paired_text([{}], [scored_run(1)], tables.RATIO) == ""    # of older files
+
+def test_each_row_of_the_ladder_is_one_change_at_a_small_width():
+    from lab import grids, tables
     cfg = common.read_config(train.TrainConfig(), ["--config", "configs/ablation.toml"])
-    rows = {row: grids.at_small_width(row, cfg.model) for row in grids.ROWS}
-    assert len({str(asdict(m)) for m in rows.values()}) == len(rows)
-    assert rows["a"].depth_down == [0, 1, 2] and rows["final"].depth_down == [1, 1, 2]
+    rows, costs_seen = [grids.at_small_width(row, cfg.model) for row in model.LADDER], set()
+    for change, above, small in zip(list(model.LADDER.values())[1:], rows, rows[1:]):
+        assert {key for key, v in asdict(small).items() if v != getattr(above, key)} == set(change)
+        with torch.device("meta"):
+            costs_seen.add(model.count_params(model.UNet(small)))
+    assert len(costs_seen) == len(rows) - 1 and list(tables.ABLATION) == list(model.LADDER)
 
 def test_grid_rows_go_on_where_they_stopped(tmp_path):
     from lab import grids
@@ -2022,6 +2061,9 @@ def test_grid_rows_go_on_where_they_stopped(tmp_path):
         grids.run_rows({"a": [never], "b": [says, fails]}, tmp_path, 2)
     grids.run_rows({"a": [never], "b": [says]}, tmp_path, 2)
     assert (tmp_path / "b.txt").read_text().split() == ["first", "first"]
+    common.write_log(tmp_path / "a/log.csv", [{"step": 7, "val": 1}])       # finished, but of old
+    said = command("lab.grids", "ablation", f"out={tmp_path}", "--rows", "a")
+    fails_in_one_line(said, "7 steps, not for 800: delete it")
 
 @pytest.mark.slow
 def test_benchmark_folders_are_as_their_readers_walk_them(tmp_path):

@@ -1,6 +1,6 @@
 """Grids of small trainings: the paper's ablation ladder, and the parts of distillation one by one.
 
-    python -m lab.grids ablation [--jobs 2] [--rows a b final] [key=value ...]
+    python -m lab.grids ablation [--jobs 2] [key=value ...] [--rows a b final]
     python -m lab.grids distillation [--seeds 3] [--jobs 2] [key=value ...]
     python -m lab.grids adversarial [--seeds 3] [--jobs 2] [--fd 2000] [key=value ...]
 
@@ -14,6 +14,7 @@ go on.
 import argparse
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -34,7 +35,6 @@ from model import LADDER, PRESETS, TextToLatents, UNet, UNetConfig, count_macs, 
 from plots import series
 from train import TrainConfig
 
-ROWS = ("a", "b", "c1", "c2", "d", "e", "final")
 KD_ROWS = {     # of DistillConfig
     "alone": ["kd=false", "featkd=false"],
     "+ output, constant": ["featkd=false", "scaling=constant"],
@@ -62,9 +62,10 @@ ADV_ROWS = {    # of AdvConfig
 UNTRAINED = "nothing: the student as it was, guided"
 
 # ------------------------------------------------------------------------- trainings in a row
-def score_command(args, ckpt, out: Path) -> list[str]:
+def score_command(args, ckpt, out: Path, *words) -> list[str]:
+    """words: further ones for evaluate.py, such as "--steps", 4."""
     return [sys.executable, "evaluate.py", "--ckpt", str(ckpt), "--out", str(out),
-            "--prompts", str(args.prompts), "--each", str(args.each)]
+            "--prompts", str(args.prompts), "--each", str(args.each), *map(str, words)]
 
 def row_commands(args, script: str, out: Path, keys) -> list[list[str]]:
     """Training and scoring of one row."""
@@ -97,15 +98,21 @@ def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
         finally:
             pool.shutdown(cancel_futures=True)
 
+def scored(folder: Path) -> dict:
+    """What a table shows of folder/score.json, and what tables.paired compares."""
+    found = json.loads((folder / "score.json").read_text())
+    kept = ("ckpt", "scores", "rights", *tables.PROMPTS)
+    return {key: found[key] for key in kept if key in found}
+
 def outcome(run: Path) -> dict:
     """Last step, held-out loss of the averaged weights, and the score."""
     steps, val = series(read_log(run / "log.csv"), "val")[-1]
-    scores = json.loads((run / "score.json").read_text())["scores"]
-    return {"steps": steps, "val": val, "scores": scores}
+    return {"steps": steps, "val": val, **scored(run)}
 
 def write_result(args, cfg, found: dict):
     """The JSON file; and its table on the screen."""
-    about = {"config": args.config, **provenance(cfg.seed)}
+    command = shlex.join(["python", "-m", "lab.grids", *sys.argv[1:]])
+    about = {"command": command, "config": args.config, **provenance(cfg.seed)}
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{args.grid}.json").write_text(json.dumps(about | found, indent=1))
@@ -235,12 +242,17 @@ def denoising_seconds(nets: dict, latent: int, context: int, device) -> dict[str
 def ablation_grid(args):
     cfg = read_config(TrainConfig(), ["--config", args.config, *args.overrides])
     base, device = Path(cfg.out), setup(cfg.device)[0]
-    models = {row: at_small_width(row, cfg.model) for row in args.rows or ROWS}
+    models = {row: at_small_width(row, cfg.model) for row in args.rows or LADDER}
     commands = {}
     for row, model in models.items():
         keys = [f"model.{key}={json.dumps(value)}" for key, value in asdict(model).items()]
         commands[row] = row_commands(args, "train.py", base / row, keys)
     run_rows(commands, base, args.jobs)
+    runs = {row: outcome(base / row) for row in models}
+    for row, run in runs.items():
+        if run["steps"] != cfg.steps:
+            raise UserError(f"{base / row} was trained for {run['steps']} steps, not for "
+                            f"{cfg.steps}: delete it, and run the same command again")
 
     nets = {row: UNet(model).to(device).eval() for row, model in models.items()}
     side, context = cfg.data.size // 8, cfg.model.context_dim
@@ -250,11 +262,11 @@ def ablation_grid(args):
     for row, model in models.items():
         found["rows"][row] = {
             "params": count_params(nets[row]), "macs": count_macs(model, side, 16),
-            "step_s": fast[row], "step_512_s": large[row], **outcome(base / row)}
+            "step_s": fast[row], "step_512_s": large[row], **runs[row]}
     write_result(args, cfg, found)
 
 GRIDS = {
-    "ablation": (ablation_grid, "configs/ablation.toml", ROWS),
+    "ablation": (ablation_grid, "configs/ablation.toml", LADDER),
     "distillation": (distillation_grid, "configs/kd_nano.toml", KD_ROWS),
     "adversarial": (adversarial_grid, "configs/adv_nano.toml", ADV_ROWS),
 }

@@ -47,8 +47,9 @@ ABLATION = {    # row: (change, what the paper says: M parameters, GMACs at 1024
           "466.8, 669.2; parameters and FLOPs about -12 %"),
     "e": ("multi-query attention",
           "393.4, 629.7; parameters -16 %, FLOPs -6 %, latency -9 %"),
-    "final": ("text from the first stage, QK-RMSNorm, RoPE, no skips at the lowest stage",
-              "371.6, 662.6; FID 2.06"),
+    "f": ("text from the first stage on", "effect not public"),
+    "g": ("QK-RMSNorm and RoPE", "effect not public"),
+    "final": ("no skips at the lowest stage", "371.6, 662.6; FID 2.06"),
 }
 
 # ------------------------------------------------------------------------- reading and writing
@@ -140,6 +141,14 @@ def paired(ours: list[dict], theirs: list[dict]) -> dict:
                  "ratio": means[0] / means[1], "ratio_low": ratio_low, "ratio_high": ratio_high}
     return {key: float(value) for key, value in found.items()}
 
+DIFFERENCE = "{difference:+.3f} ({low:+.3f} to {high:+.3f})"
+RATIO = "{ratio:.3f} ({ratio_low:.3f} - {ratio_high:.3f})"
+
+def paired_text(ours: list[dict], theirs: list[dict], form: str) -> str:
+    """paired() as a cell of a table; empty where a run was scored before there were rights."""
+    measured = all("rights" in run for run in ours + theirs)
+    return form.format(**paired(ours, theirs)) if measured else ""
+
 UNITS = {       # factors from the JSON files to what is shown: millions, GFLOP, GiB, milliseconds
     "params": 1e-6, "macs": 1e-6, "flops": 1e-9, "peak": 2**-30, "s": 1e3, "text": 1e3,
     "unet": 1e3, "decoder": 1e3, "work_s": 1e3, "least_s": 1e3, "step_s": 1e3, "step_512_s": 1e3,
@@ -186,15 +195,17 @@ def geneval(folder) -> str:
     return table(rows, columns)
 
 def few_steps(folder) -> str:
-    rows, fast = [], runs_of(folder, FAST)
-    for steps, run in runs_of(folder, BASE).items():
-        row = {"steps": steps, "fast": "", "paper": PAPER_STEPS.get(steps, "")}
+    rows, base, fast = [], runs_of(folder, BASE), runs_of(folder, FAST)
+    for steps, run in base.items():
+        row = {"steps": steps, "fast": "", "ratio": "", "paper": PAPER_STEPS.get(steps, "")}
         row["base"] = interval_text(run["scores"]["mean"])
         if steps in fast:
             row["fast"] = interval_text(fast[steps]["scores"]["mean"])
+            row["ratio"] = paired_text([fast[steps]], [base[28]], RATIO)
         rows.append(row)
     columns = {"steps": "{steps}", "ours before, guidance 4": "{base}",
                "ours distilled, no guidance": "{fast}",
+               "distilled / before in 28 (95 %)": "{ratio}",
                "paper's GenEval (28: before)": "{paper}"}
     return table(rows, columns) + source(
         "python evaluate.py --ckpt assets/fast --each 2 --out docs/results/fast4", fast[4])
@@ -257,18 +268,27 @@ def few_step_cells(name: str, runs: list[dict], K: str, counts, alone: list[dict
     return cells
 
 def ablation(folder) -> str:
+    """Rows of the ladder that were trained. A row has the changes of those left out above it."""
     found, rows = read_result(folder, "ablation"), []
     first = next(iter(found["rows"].values()))["step_512_s"]
-    for name, row in found["rows"].items():
-        change, paper = ABLATION[name]
-        score = interval_text(row["scores"]["mean"])
-        rows.append(in_units(row) | {"name": name, "change": change, "paper": paper,
-                                     "score": score, "x": first / row["step_512_s"]})
+    changes, above = [], None
+    for name, (change, paper) in ABLATION.items():
+        changes.append(change)
+        if name not in found["rows"]:
+            continue
+        run = found["rows"][name]
+        rows.append(in_units(run) | {
+            "name": name, "change": ", ".join(changes), "paper": paper,
+            "x": first / run["step_512_s"], "score": interval_text(run["scores"]["mean"]),
+            "gain": paired_text([run], [above], DIFFERENCE) if above else ""})
+        changes, above = [], run
     columns = {"row": "{name}", "change": "{change}", "M params": "{params:.2f}",
                "M MACs": "{macs:.1f}", "ms a step, 64 px": "{step_s:.1f}",
                "512 px": "{step_512_s:.0f} ({x:.2f} x)", "held-out loss": "{val:.4f}",
-               "score (95 %)": "{score}", "paper: M params, GMACs at 1024 px; effect": "{paper}"}
-    return table(rows, columns) + source("python -m lab.grids ablation", found)
+               "score (95 %)": "{score}", "minus the row above (95 %)": "{gain}",
+               "paper: M params, GMACs at 1024 px; effect": "{paper}"}
+    return table(rows, columns) + source(
+        found.get("command", "python -m lab.grids ablation"), found)
 
 def decoder_quality(folder) -> str:
     found = read_result(folder, "ae")
