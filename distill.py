@@ -7,10 +7,10 @@
     L = S(L_task, L_kd) + S(L_task, L_featkd)
     S(L_task, L_x) = E_t[ a_t L_task + (1 - a_t) |L_task| / |L_x| L_x ]
 
-L_task is train.py's flow loss; L_kd = ||v_T - v||^2; L_featkd = ||f_T - phi(f)||^2 with f_T the
-teacher's last block, f a stage of the student and phi a trainable projector; a_t is the density of
-the times that are drawn, over its maximum: the data teach in the middle, the teacher at the ends.
-Every part has a switch; kd=false featkd=false is train.py.
+L_task is train.py's flow loss; L_kd = ||v_T - v||^2; L_featkd = ||LN(f_T) - phi(f)||^2 with f_T the
+teacher's last block, LN a LayerNorm over channels without gains, f a stage of the student and phi a
+trainable projector; a_t is a density of t over its maximum: the data teach in the middle, the
+teacher at the ends. Every part has a switch; kd=false featkd=false is train.py.
 
 B batch | C channels of the student's tap | D of the teacher's | h w its grid | P pooled width
 """
@@ -32,7 +32,7 @@ from checkpoint import read_description, resolve
 from common import UserError, friendly, option, read_config
 from costs import tap_shape
 from data import Batch
-from mmdit import MEDIUM, MMDiT, MMDiTConfig, sd3_config
+from mmdit import MEDIUM, MMDiT, MMDiTConfig, layer_norm, sd3_config
 from model import TextToLatents, count_params, load_model, network_of
 from sample import repeated
 from text import Text, TextConfig, load_encoders, on_device
@@ -50,6 +50,7 @@ class DistillConfig(TrainConfig):
     teacher_tap: str = ""           # empty: an MMDiT's last block, a UNet's stage of the same name
     scaling: str = option("timestep", choices=("timestep", "constant"))     # constant: `alpha`
     alpha: float = option(0.5, low=0, high=1)
+    density: str = option("plain", choices=("plain", "shifted"))    # of a_t: see TaskWeight
     ratio: str = option("sample", choices=("sample", "none"))   # |L_task| / |L_x| of a picture; 1
     # adv_distill.py inherits these keys, but calls `scaled` alone: AdvConfig.check refuses the rest
 
@@ -214,11 +215,13 @@ def by_bin(x, t):
     return (x.float()[:, None] * member).sum(0) / member.sum(0)
 
 class TaskWeight:
-    """a_t: the density of the times that are drawn, over its maximum.
-    They are logit-normal(mean, std), then shifted, which adds log(shift) to their logit."""
-    def __init__(self, flow: FlowConfig):
-        self.mean = flow.mean + np.log(flow.shift)
-        self.std = flow.std
+    """a_t: a density over its maximum. plain: logit-normal(0, 1), as in the paper; shifted: that of
+    the times that are drawn, flow's mean and std, where a shift adds log(shift) to the logit."""
+    def __init__(self, density: str, flow: FlowConfig):
+        self.mean, self.std = 0.0, 1.0
+        if density == "shifted":
+            self.mean = flow.mean + np.log(flow.shift)
+            self.std = flow.std
         # its modes solve logit = mean + std^2 (2 t - 1)
         low, high = self.mean - self.std**2, self.mean + self.std**2
         logits = torch.linspace(low, high, 200001, dtype=torch.float64)
@@ -239,7 +242,7 @@ class Distill(nn.Module):
         super().__init__()
         self.net = net
         self.cfg = cfg
-        self.weight = TaskWeight(cfg.flow)
+        self.weight = TaskWeight(cfg.density, cfg.flow)
         self.teacher = teacher
         note = ""
         if cfg.needs_teacher:
@@ -282,8 +285,8 @@ class Distill(nn.Module):
             losses["kd"] = (v_T.float() - seen["v"].float()).square().mean((1, 2, 3))
         if cfg.featkd:
             f = self.projector(seen[cfg.student_tap]).float()   # (B, D, h, w)
-            f_T = resized(taps_T[self.teacher.tap].float(), f.shape[2:])
-            losses["feat"] = (f_T - f).square().mean((1, 2, 3))
+            f_T = layer_norm(taps_T[self.teacher.tap].float().movedim(1, -1)).movedim(-1, 1)
+            losses["feat"] = (resized(f_T, f.shape[2:]) - f).square().mean((1, 2, 3))
         return self.scaled(task, losses, t)
 
     def scaled(self, task, losses, t):

@@ -93,7 +93,7 @@ def scaling(run):
     rows = rows[len(rows) // 2:]
     print(f"{run}/scaling.png, the last {len(rows)} log lines; means per bin of t:")
     panels = []
-    for suffix, title in (("", "losses as they are"), ("_scaled", "losses as they enter the sum")):
+    for suffix, title in (("", "losses as they are"), ("_scaled", "losses as they enter S")):
         lines = []
         for name, colour in (("task", BLUE), ("kd", ORANGE), ("feat", GREEN)):
             means = bin_means(rows, f"bin_{name}{suffix}")
