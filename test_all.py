@@ -1228,6 +1228,16 @@ def test_charts_are_drawn_from_a_log_without_pyplot(tmp_path):
     w, h = Image.open(tmp_path / "loss.png").size
     assert sizes == [(w, h), (3 * w, 2 * h)]
     assert "matplotlib.pyplot" not in sys.modules
+
+def test_scaling_shows_the_losses_that_a_run_has(tmp_path, capsys):
+    import plots
+    names = ("task", "feat", "task_scaled", "feat_scaled")
+    row = {f"bin_{name}{b}": b / 8 for name in names for b in range(8)}
+    common.write_log(tmp_path / "log.csv", [{"step": 1, **row}, {"step": 2}])
+    plots.scaling(tmp_path)
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    assert shown == [[name, *(f"{b / 8:.4f}" for b in range(8))] for name in names]
+
 # ---------------------------------------------------------------------------- common.py
 def test_overrides_reach_nested_tables(tmp_path):
     (tmp_path / "c.toml").write_text("steps = 7\n[data]\nsize = 128\n")
@@ -1579,12 +1589,17 @@ def distill_objective(pipeline, *args):
     torch.manual_seed(1)
     return distill.Distill(cfg, shaken(model.TextToLatents(cfg.network, cfg.text)).train())
 
-def test_task_weight_is_the_density_of_drawn_times():
+def test_task_weight_is_a_density_over_its_maximum():
     flow = train.FlowConfig(mean=0.3, std=0.8, shift=3.0)
     drawn = train.draw_times(flow, 400000, torch.Generator().manual_seed(0), "cpu")
+    weight = distill.TaskWeight("shifted", flow)((torch.arange(50) + 0.5) / 50)
     counts = torch.histc(drawn, 50, 0, 1)
-    weight = distill.TaskWeight(flow)((torch.arange(50) + 0.5) / 50)
     assert torch.allclose(weight, counts / counts.max(), atol=0.04)
+    for density, by_hand in (("plain", 0.410), ("shifted", 0.903)):
+        cfg = distill.DistillConfig(kd=False, featkd=False, density=density)
+        cfg.flow.shift = 2.0
+        weight = distill.Distill(cfg, None).weight(torch.tensor([6 / 7]))
+        assert weight.item() == pytest.approx(by_hand, abs=1e-3)
 
 @pytest.mark.parametrize("args, a, ratio", [
     ([], [1.0, 0.2485, 0.2485], [4.0, 0.25, 30.0]),             # |L_task| / |L_kd|
@@ -1607,6 +1622,16 @@ def test_without_its_parts_distillation_is_the_flow_loss(pipeline):
     none = distill_objective(pipeline, "kd=false", "featkd=false", "teacher=")
     plain = train.FlowObjective(none.net)
     assert torch.equal(plain(*tiny_batch())[0], none(*tiny_batch())[0])
+
+@pytest.mark.parametrize("teacher", ["mmdit", "train"])
+def test_features_are_matched_normalised_over_channels(pipeline, teacher):
+    objective = distill_objective(pipeline, f"teacher={pipeline(teacher)}")
+    (batch, eps, t), teacher, guess = tiny_batch(), objective.teacher, objective.projector
+    guess.weight.data *= 0                                      # its bias, in every place
+    f = teacher(batch.x0, 0 * t, teacher.read(batch), (teacher.tap,))[1][teacher.tap]
+    f = (f - f.mean(1, True)) / f.std(1, correction=0, keepdim=True)        # (B, D, h, w)
+    by_hand = (f - guess.bias[:, None, None]).square().mean().item()
+    assert objective(batch, eps, 0 * t)[1]["feat"].item() == pytest.approx(by_hand, rel=1e-3)
 
 def test_gradients_never_reach_the_teacher(pipeline):
     objective = distill_objective(pipeline)
@@ -2064,6 +2089,34 @@ def test_grid_rows_go_on_where_they_stopped(tmp_path):
     common.write_log(tmp_path / "a/log.csv", [{"step": 7, "val": 1}])       # finished, but of old
     said = command("lab.grids", "ablation", f"out={tmp_path}", "--rows", "a")
     fails_in_one_line(said, "7 steps, not for 800: delete it")
+
+def test_distillation_grid_counts_the_teachers_time(pipeline, tmp_path, monkeypatch, capsys):
+    from lab import grids
+    ran, seconds = {}, {"output, no data, guidance 2": 2, "the teacher": 3}
+
+    def run_rows(commands, base, jobs):
+        ran.update(commands)
+        for name in commands:
+            mean = 0.5 if name.startswith("alone") else 0.75
+            score = {"scores": {"mean": {"score": mean}}, "prompts": 1, "wording": 0, "nouns": 0,
+                     "layout": 0, "rights": dict.fromkeys(scenes.CATEGORIES, [mean])}
+            (base / name).mkdir(parents=True)
+            (base / name / "score.json").write_text(json.dumps(score))
+            common.write_log(base / name / "log.csv", [{"step": 4, "val": 1}])
+
+    monkeypatch.setattr(grids, "run_rows", run_rows)
+    monkeypatch.setattr(grids, "in_turns", lambda steps, *_: {
+        row: step() or seconds.get(row, 1) for row, step in steps.items()})
+    words = [*pipeline.command("distill")[1:], f"out={tmp_path}/kd", f"--out={tmp_path}"]
+    grids.main(["distillation", *words, "batch=2", "--seeds=1"])
+    assert "steps=8" in ran["alone_as_long_as_the_slowest_0"][0]
+    assert "steps=20" in ran["alone_the_teacher_s_time_too_0"][0]       # 4 of 2 s and 4 of 3
+    assert ran["output_no_data_guidance_2_0"][1][-2:] == ["--cfg", "2"]
+    told = {str([word for word in words if "out" not in word]) for words, *_ in ran.values()}
+    assert len(told) == len(ran) == 13
+    gain, said = "1.000 | 0.750 | **0.750** | +0.250 (+0.250 to +0.250) |", capsys.readouterr().out
+    assert f"| output, no data, guidance 2 | 4 of 2 | 2.00 (2.00 x) | 0.1 | {gain}" in said
+    assert "| the teacher | 4 of 4 | 3.00 (3.00 x) | 0.2 | " in said and said.count(gain) == 9
 
 @pytest.mark.slow
 def test_benchmark_folders_are_as_their_readers_walk_them(tmp_path):

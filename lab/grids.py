@@ -7,27 +7,28 @@
 ablation trains configs/ablation.toml once for each row of model.LADDER, scores it, and times one
 denoising step of all rows in turns. distillation trains configs/kd_nano.toml in each of KD_ROWS
 with each seed, all from one teacher (train configs/teacher_nano.toml before); then the student
-alone again, for as long as the slowest row took. adversarial trains configs/adv_nano.toml in each
-of ADV_ROWS, all from one student, with equal steps of the generator. Run the same command again to
-go on.
+alone again, for as long as the slowest row took, and, with one seed, for as long as that and the
+teacher's own training take. adversarial trains configs/adv_nano.toml in each of ADV_ROWS, all from
+one student, with equal steps of the generator. Run the same command again to go on.
 """
 import argparse
 import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from adv_distill import AdvConfig
-from checkpoint import resolve
-from common import ROOT, UserError, friendly, provenance, read_config, read_log, setup
+from checkpoint import read_description, resolve
+from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup
 from distill import Distill, DistillConfig
 from lab import tables
 from lab.bench import in_turns, training_step
@@ -37,14 +38,22 @@ from train import TrainConfig
 
 KD_ROWS = {     # of DistillConfig
     "alone": ["kd=false", "featkd=false"],
-    "+ output, constant": ["featkd=false", "scaling=constant"],
-    "+ output, timestep-aware": ["featkd=false"],
-    "+ features, timestep-aware": ["kd=false"],
-    "+ both, timestep-aware": [],
-    "+ both, no data": ["scaling=constant", "alpha=0.0"],
-    "+ output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
+    "output, constant": ["featkd=false", "scaling=constant"],
+    "output, timestep-aware": ["featkd=false"],
+    "output, timestep-aware, shifted": ["featkd=false", "density=shifted"],
+    "features, timestep-aware": ["kd=false"],
+    "both, timestep-aware": [],
+    "both, no data": ["scaling=constant", "alpha=0.0"],
+    "output, no data": ["featkd=false", "scaling=constant", "alpha=0.0"],
+    "output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
+    "output, no data, guidance 2": ["featkd=false", "scaling=constant", "alpha=0.0",
+                                    "teacher_cfg=2.0"],
 }
+# its student has learned guidance 2: drawn with 2 more, it has the 4 of all others
+SCORED_WITH = {"output, no data, guidance 2": ["--cfg", "2"]}
 LONGER = "alone, as long as the slowest"
+LONGEST = "alone, the teacher's time too"
+TEACHER = "the teacher"
 ADV_ROWS = {    # of AdvConfig
     "KD alone": ["method=kd"],
     "KD + GAN": [],
@@ -129,12 +138,27 @@ def seed_commands(args, rows: dict[str, list[str]], base: Path, seeds) -> dict:
         for row, keys in rows.items():
             out = base / row_folder(row, seed)
             commands[out.name] = row_commands(args, "distill.py", out, [*keys, f"seed={seed}"])
+            commands[out.name][1] += SCORED_WITH.get(row, [])
     return commands
 
-def outcomes_of(row: str, base: Path) -> list[dict]:
+def scored_runs(row: str, base: Path) -> list[Path]:
     """One for each seed, of this call and of earlier ones."""
-    scores = sorted(base.glob(row_folder(row, "[0-9]*") + "/score.json"))
-    return [outcome(path.parent) for path in scores]
+    return [path.parent for path in sorted(base.glob(row_folder(row, "[0-9]*") + "/score.json"))]
+
+def config_of(checkpoint: Path) -> DistillConfig:
+    """What train.py or distill.py trained a checkpoint with."""
+    known = {field.name for field in fields(DistillConfig)}
+    saved = {k: v for k, v in read_description(checkpoint).items() if k in known}
+    return fill(DistillConfig(kd=False, featkd=False), saved, checkpoint)
+
+def step_seconds(cfgs: dict[str, DistillConfig], device) -> dict[str, float]:
+    """Seconds of each row's training step, in turns."""
+    steps = {}
+    for row, cfg in cfgs.items():
+        loss = Distill(cfg, TextToLatents(cfg.network, cfg.text).to(device)).to(device)
+        batch = cfg.batch * cfg.accumulate
+        steps[row] = training_step(cfg, loss, batch, device, loss.zero_grad)
+    return in_turns(steps, 8, device)
 
 def distillation_grid(args):
     words = ["--config", args.config, *args.overrides]
@@ -143,28 +167,33 @@ def distillation_grid(args):
     teacher, device = resolve(cfg.teacher), setup(cfg.device)[0]
     rows = {row: KD_ROWS[row] for row in ("alone", *(args.rows or KD_ROWS))}
     commands = seed_commands(args, rows, base, seeds)
-    commands["teacher"] = [score_command(args, teacher, base / "teacher")]
+    taught = base / row_folder(TEACHER, 0)
+    commands[taught.name] = [score_command(args, teacher, taught)]
+    run_rows(commands, base, args.jobs)
+    shutil.copy(teacher.parent / "log.csv", taught)
+
+    cfgs = {TEACHER: config_of(teacher)}
+    for row, keys in KD_ROWS.items():
+        if scored_runs(row, base):
+            cfgs[row] = read_config(DistillConfig(), [*words, *keys])
+    seconds = step_seconds(cfgs, device)
+    slowest = cfg.steps * max(seconds[row] for row in cfgs if row != TEACHER)
+    in_all = slowest + outcome(taught)["steps"] * seconds[TEACHER]
+    commands = {}
+    for row, budget, some in ((LONGER, slowest, seeds), (LONGEST, in_all, seeds[:1])):
+        cfgs[row], seconds[row] = cfgs["alone"], seconds["alone"]
+        keys = [*KD_ROWS["alone"], f"steps={round(budget / seconds[row])}"]
+        commands |= seed_commands(args, {row: keys}, base, some)
     run_rows(commands, base, args.jobs)
 
-    steps = {}
-    for row, keys in KD_ROWS.items():
-        if outcomes_of(row, base):
-            row_cfg = read_config(DistillConfig(), [*words, *keys])
-            student = TextToLatents(row_cfg.network, row_cfg.text).to(device)
-            loss = Distill(row_cfg, student).to(device)
-            steps[row] = training_step(row_cfg, loss, row_cfg.batch, device, loss.zero_grad)
-    seconds = in_turns(steps, 8, device)
-    more = round(cfg.steps * max(seconds.values()) / seconds["alone"])
-    rows = {LONGER: [*KD_ROWS["alone"], f"steps={more}"]}
-    run_rows(seed_commands(args, rows, base, seeds), base, args.jobs)
-    seconds[LONGER] = seconds["alone"]
-
-    log, scored = read_log(teacher.parent / "log.csv"), base / "teacher/score.json"
-    found = {"rows": {}, "teacher_val": series(log, "val")[-1][1],
-             "teacher": json.loads(scored.read_text())["scores"]}
-    for row, step_s in seconds.items():
-        outcomes = outcomes_of(row, base)
-        found["rows"][row] = {"steps": outcomes[-1]["steps"], "step_s": step_s, "seeds": outcomes}
+    found = {"rows": {}}
+    for row in [*KD_ROWS, LONGER, LONGEST, TEACHER]:
+        if row in cfgs:
+            outcomes = [outcome(run) for run in scored_runs(row, base)]
+            steps, batch = outcomes[-1]["steps"], cfgs[row].batch * cfgs[row].accumulate
+            found["rows"][row] = {
+                "steps": steps, "batch": batch, "step_s": seconds[row],
+                "seconds": steps * seconds[row], "seeds": outcomes}
     write_result(args, cfg, found)
 
 # ------------------------------------------------------------------------- few steps

@@ -211,24 +211,27 @@ def few_steps(folder) -> str:
         "python evaluate.py --ckpt assets/fast --each 2 --out docs/results/fast4", fast[4])
 
 def distillation(folder) -> str:
+    """Students, those that learned alone for longer, and the teacher as the last row."""
     found, rows = read_result(folder, "distillation"), []
-    alone = found["rows"]["alone"]["step_s"]
-    for name, row in found["rows"].items():
-        scores = [seed["scores"]["mean"] for seed in row["seeds"]]
-        rows.append({
-            "name": name, "steps": row["steps"],
-            "time": f"{row['step_s']:.2f} ({row['step_s'] / alone:.2f} x)",
-            "val": ", ".join(f"{seed['val']:.4f}" for seed in row["seeds"]),
-            "mean": statistics.mean(score["score"] for score in scores),
-            "seeds": ", ".join(map(interval_text, scores))})
-    teacher = found["teacher"]["mean"]
-    rows.append({"name": "the teacher", "steps": "", "time": "", "mean": teacher["score"],
-                 "val": f"{found['teacher_val']:.4f}", "seeds": interval_text(teacher)})
+    every = found["rows"]
+    alone, longer = every["alone"], every["alone, as long as the slowest"]
+    for name, row in every.items():
+        scores = [seed["scores"]["mean"]["score"] for seed in row["seeds"]]
+        cells = {"name": name, "steps": f"{row['steps']} of {row['batch']}",
+                 "time": f"{row['step_s']:.2f} ({row['step_s'] / alone['step_s']:.2f} x)",
+                 "minutes": row["seconds"] / 60, "mean": statistics.mean(scores),
+                 "val": ", ".join(f"{seed['val']:.3f}" for seed in row["seeds"]),
+                 "each": ", ".join(f"{score:.3f}" for score in scores)}
+        for key, other in (("alone", alone), ("longer", longer)):
+            cells[key] = ""
+            if row is not other:
+                cells[key] = paired_text(row["seeds"], other["seeds"], DIFFERENCE)
+        rows.append(cells)
     columns = {"student": "{name}", "steps": "{steps}", "s a step": "{time}",
-               "held-out loss, each seed": "{val}", "mean score": "**{mean:.3f}**",
-               "score of each seed (95 %)": "{seeds}"}
-    return table(rows, columns) + source(
-        "python -m lab.grids distillation --seeds 2 --prompts 30 --each 4", found)
+               "minutes": "{minutes:.1f}", "held-out loss, each seed": "{val}",
+               "score, each seed": "{each}", "mean": "**{mean:.3f}**",
+               "minus alone (95 %)": "{alone}", "minus alone at equal time (95 %)": "{longer}"}
+    return table(rows, columns) + source(found["command"], found)
 
 def adversarial(folder) -> str:
     """Students of K steps: scores, and what is paired with L_kd alone."""
