@@ -110,7 +110,7 @@ def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
 def scored(folder: Path) -> dict:
     """What a table shows of folder/score.json, and what tables.paired compares."""
     found = json.loads((folder / "score.json").read_text())
-    kept = ("ckpt", "scores", "rights", *tables.PROMPTS)
+    kept = ("ckpt", "scores", "rights", "fd", "precision", "recall", *tables.PROMPTS)
     return {key: found[key] for key in kept if key in found}
 
 def outcome(run: Path) -> dict:
@@ -202,9 +202,9 @@ def scored_in_steps(args, ckpt, out: Path, counts) -> list[list[str]]:
     last to be there, in `out` itself."""
     commands = []
     for n in counts[:0:-1]:
-        commands.append([*score_command(args, ckpt, out / f"in_{n}"), "--steps", str(n)])
-    words = ["--steps", str(counts[0]), "--fd", str(args.fd)]
-    return [*commands, [*score_command(args, ckpt, out), *words]]
+        commands.append(score_command(args, ckpt, out / f"in_{n}", "--steps", str(n)))
+    words = "--steps", str(counts[0]), "--fd", str(args.fd)
+    return [*commands, score_command(args, ckpt, out, *words)]
 
 def few_step_row(args, cfg: AdvConfig, out: Path, keys, counts) -> list[list[str]]:
     """Training and scoring, with as many steps of the generator as in every other row."""
@@ -215,11 +215,10 @@ def few_step_row(args, cfg: AdvConfig, out: Path, keys, counts) -> list[list[str
     return [train, *scored_in_steps(args, out / "final", out, counts)]
 
 def few_step_outcome(run: Path, counts) -> dict:
-    """Its score.json in each number of steps, and how the discriminator did in the last third."""
+    """Its score in each number of steps, and how the discriminator did in the last third."""
     found = {"scores": {}}
     for n in counts:
-        folder = run if n == counts[0] else run / f"in_{n}"
-        found["scores"][n] = json.loads((folder / "score.json").read_text())
+        found["scores"][n] = scored(run if n == counts[0] else run / f"in_{n}")
     if (run / "log.csv").exists():
         rows = read_log(run / "log.csv")
         rows = rows[len(rows) * 2 // 3:]
@@ -233,7 +232,7 @@ def adversarial_grid(args):
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + args.seeds)
     init = resolve(cfg.init)
     counts = [n for n in (cfg.K, 2, 1) if n <= cfg.K]
-    commands = {"before": [[*score_command(args, init, base / "before"), "--fd", str(args.fd)]],
+    commands = {"before": [score_command(args, init, base / "before", "--fd", str(args.fd))],
                 "untrained": scored_in_steps(args, init, base / "untrained", counts)}
     for seed in seeds:
         for row in args.rows or ADV_ROWS:
@@ -242,11 +241,10 @@ def adversarial_grid(args):
             commands[out.name] = few_step_row(args, cfg, out, keys, counts)
     run_rows(commands, base, args.jobs)
 
-    before = json.loads((base / "before/score.json").read_text())
-    found = {"K": cfg.K, "before": before,
+    found = {"K": cfg.K, "before": scored(base / "before"),
              "rows": {UNTRAINED: [few_step_outcome(base / "untrained", counts)]}}
     for row in ADV_ROWS:
-        runs = sorted(path.parent for path in base.glob(row_folder(row, "[0-9]*") + "/score.json"))
+        runs = scored_runs(row, base)
         if runs:
             found["rows"][row] = [few_step_outcome(run, counts) for run in runs]
     write_result(args, cfg, found)

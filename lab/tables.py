@@ -247,7 +247,7 @@ def adversarial(folder) -> str:
                "precision": "{precision:.2f}", "recall": "{recall:.2f}",
                **{f"in {n}": "{in_" + n + "}" for n in counts[1:]},
                "D right": "{accuracy}", "GAN's pull / KD's": "{pull_ratio}"}
-    return table(rows, columns) + source("python -m lab.grids adversarial", found)
+    return table(rows, columns) + source(found["command"], found)
 
 def few_step_cells(name: str, runs: list[dict], K: str, counts, alone: list[dict]) -> dict:
     """Means over the seeds; the interval of one seed is that of its prompts."""
@@ -258,8 +258,7 @@ def few_step_cells(name: str, runs: list[dict], K: str, counts, alone: list[dict
         means = [run["scores"]["mean"]["score"] for run in first]
         cells["score"] = f"{statistics.mean(means):.3f} ({min(means):.3f}, {max(means):.3f})"
     if first != alone:
-        gap = paired(first, alone)
-        cells["gain"] = "{difference:+.3f} ({low:+.3f}, {high:+.3f})".format(**gap)
+        cells["gain"] = paired_text(first, alone, DIFFERENCE)
     for key in "fd", "precision", "recall":
         cells[key] = statistics.mean(run[key] for run in first)
     for n in counts[1:]:
