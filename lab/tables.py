@@ -23,6 +23,7 @@ SCORED = {      # folder of docs/results: what its score.json is of; FOLDER_wide
     "before": "until 2026-11-25: `small` of 64 px, 28 steps, guidance 4",
     "base28": "`assets/scenes`, 256 px, 28 steps, guidance 4",
     "fast4": "`assets/fast`, 256 px, 4 steps, no guidance",
+    "small": "`small`, 64 px, 28 steps, guidance 4",
     "nano": "`nano`, 64 px, 12 nouns, 28 steps, guidance 4",
 }
 
