@@ -17,6 +17,7 @@ B batch | C H W latents | K steps of the student
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,19 @@ from adversaries import (
     rolled,
 )
 from cache import make_cache
-from checkpoint import Run, mean_over
-from common import UserError, autocast, fill, friendly, option, read_config, setup, use_bfloat16
+from checkpoint import Run
+from common import (
+    UserError,
+    autocast,
+    by_turns,
+    fill,
+    friendly,
+    mean_over,
+    option,
+    read_config,
+    setup,
+    use_bfloat16,
+)
 from data import BATCH, Batch, Batches, content_key, kept_tensors, rows_in_parts, seeded, wordings
 from decoder import to_pictures
 from distill import Distill, DistillConfig, Teacher, by_bin, check_size, teacher_text
@@ -355,7 +367,8 @@ def distil(cfg: AdvConfig):
     game = Game(cfg, net, device, use_bfloat16(cfg.amp, device))
     ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary, game.teacher.states)
     if cfg.real == "teacher":
-        latents = teachers_latents(cfg, game.teacher, latents, net.vocabulary)
+        draw = partial(teachers_latents, cfg, game.teacher, latents, net.vocabulary)
+        latents = by_turns(draw, rank, world)
     batches = Batches(cfg, latents, device, net.vocabulary)
     validation = Validation(cfg, held_out, device, net.vocabulary)
     prompts = shown_prompts(cfg, held_out)

@@ -207,6 +207,15 @@ def anywhere(flag: bool, world: int) -> bool:
     dist.all_gather_object(flags, flag)
     return any(flags)
 
+def by_turns(make, rank: int, world: int):
+    """make() of one process after the other: the first fills a cache, the others find it there."""
+    for turn in range(world):
+        if turn == rank:
+            made = make()
+        if world > 1:
+            dist.barrier()
+    return made
+
 def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
     """The mean of a tensor over the processes; x itself is overwritten."""
     if world > 1:

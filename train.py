@@ -21,14 +21,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 from PIL import Image
 
 import plots
 from cache import autoencoder_fingerprint, make_cache, open_cache
 from checkpoint import Run, load_into
-from common import autocast, friendly, option, read_config, setup, use_bfloat16
+from common import autocast, by_turns, friendly, option, read_config, setup, use_bfloat16
 from costs import matmul_speed, training_flops
 from data import Batch, Batches, DataConfig, latents_of, scenes_of, seeded, wordings
 from decoder import load_autoencoder
@@ -115,15 +114,13 @@ def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, state
     ae = load_autoencoder(cfg.ae, device)
     if cfg.data.folder:
         return ae, *open_cache(cfg, ae, states, vocabulary)
-    for turn in range(world):               # one process fills the cache, the others find it there
-        if turn == rank:
-            key = autoencoder_fingerprint(ae)
-            latents = latents_of(cfg.data, ae, key)
-            held_out = latents_of(cfg.data, ae, key, "test", cfg.val_pictures)
-            wordings(cfg, len(latents), vocabulary)     # which Batches reads
-        if world > 1:
-            dist.barrier()
-    return ae, latents, held_out
+    def scenes_data():
+        key = autoencoder_fingerprint(ae)
+        latents = latents_of(cfg.data, ae, key)
+        held_out = latents_of(cfg.data, ae, key, "test", cfg.val_pictures)
+        wordings(cfg, len(latents), vocabulary)         # which Batches reads
+        return latents, held_out
+    return ae, *by_turns(scenes_data, rank, world)
 
 def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
     """Held-out prompts for the sample grid; of scenes, cycling through the six categories."""
