@@ -2181,9 +2181,9 @@ def test_a_step_distillation_is_planned_with_all_players(tmp_path):
     net = tiny_model()
     save_model(tmp_path / "init", net)
     found = plan.make_plan([f"init={tmp_path / 'init'}", "teacher=", "method=both", "batch=2",
-                            "critic=init", "critic_taps=[\"mid\"]"])
+                            "critic_taps=[\"mid\"]"])
     params = {name: model.count_params(part) for name, (part, _) in found["parts"].items()}
-    assert list(params) == ["generator", "teacher", "features", "critic", "fake"]
+    assert list(params) == ["generator", "teacher", "critic", "fake"]
     assert params["generator"] == params["fake"] == model.count_params(net)
 
 def test_dreamlite_equals_diffusers(tmp_path):
