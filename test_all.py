@@ -2119,6 +2119,34 @@ def test_distillation_grid_counts_the_teachers_time(pipeline, tmp_path, monkeypa
     assert f"| output, no data, guidance 2 | 4 of 2 | 2.00 (2.00 x) | 0.1 | {gain}" in said
     assert "| the teacher | 4 of 4 | 3.00 (3.00 x) | 0.2 | " in said and said.count(gain) == 10
 
+def test_adversarial_grid_gives_all_rows_equal_steps(pipeline, tmp_path, monkeypatch, capsys):
+    from lab import grids
+    ran = {}
+
+    def run_rows(commands, base, jobs):
+        ran.update(commands)
+        for name in commands:
+            mean = 0.5 + 0.25 * name.startswith("KD_GAN_0")
+            score = scored_run(mean) | {"fd": 2.5, "precision": 0.5, "recall": 0.5, "scores": {
+                "mean": {"score": mean, "low": 0, "high": 1}}}
+            for folder in base / name, base / name / "in_1":
+                folder.mkdir(parents=True)
+                (folder / "score.json").write_text(json.dumps(score))
+            common.write_log(base / name / "log.csv", [{"step": 4, "val": 1, "pull_ratio": 0.7}])
+
+    monkeypatch.setattr(grids, "run_rows", run_rows)
+    words = [*pipeline.command("gan")[1:], f"out={tmp_path}/adv", f"--out={tmp_path}"]
+    words = [word for word in words if "method=" not in word]
+    grids.main(["adversarial", *words, "generator_every=2", "steps=8", "--seeds=1"])
+    for row, steps, every in ("KD_alone_0", "4", "1"), ("KD_DMD_0", "8", "2"):
+        keys = dict(word.partition("=")[::2] for word in ran[row][0])
+        assert (keys["steps"], keys["generator_every"]) == (steps, every)
+        assert ran[row][-1][-2:] == ["--fd", "2000"]            # the last: then the row is done
+    assert len(ran) == 2 + len(grids.ADV_ROWS)
+    said = capsys.readouterr().out
+    assert "| KD + GAN | 1 | 0.750 (0.000 - 1.000) | +0.250 (+0.250 to +0.250) | 2.50 |" in said
+    assert said.count("| 0.70 |") == len(ran) - 1                # all but the one before
+
 @pytest.mark.slow
 def test_benchmark_folders_are_as_their_readers_walk_them(tmp_path):
     """By the loops of GenEval's evaluate_images.py and DPG-Bench's compute_dpg_bench.py."""

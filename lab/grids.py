@@ -231,7 +231,7 @@ def adversarial_grid(args):
     cfg = read_config(AdvConfig(), ["--config", args.config, *args.overrides])
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + args.seeds)
     init = resolve(cfg.init)
-    counts = [n for n in (cfg.K, 2, 1) if n <= cfg.K]
+    counts = [cfg.K, *(n for n in (2, 1) if n < cfg.K)]
     commands = {"before": [score_command(args, init, base / "before", "--fd", str(args.fd))],
                 "untrained": scored_in_steps(args, init, base / "untrained", counts)}
     for seed in seeds:
