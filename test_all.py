@@ -1762,7 +1762,7 @@ def test_frozen_text_trains_from_one_cache(tmp_path, sd3_folder, gemma_folder, m
     monkeypatch.setattr(text.Encoders, "__call__", lambda *a: pytest.fail("an encoder was asked"))
     succeeds("distill.py", *words, f"out={tmp_path / 'kd'}")
     adv = ["adv_distill.py", *words, f"init={tmp_path / 'kd'}", "K=2", "method=both"]
-    succeeds(*adv, f"out={tmp_path / 'adv'}")
+    succeeds(*adv, "critic_start=2", f"out={tmp_path / 'adv'}")
     net = model.load_model(tmp_path / "adv" / "final")[0]
     assert not any(k.startswith("text.") for k in net.state_dict())
 # ---------------------------------------------------------------- export_coreml.py, coreml/
