@@ -171,8 +171,7 @@ def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor
                     yield dpmpp(velocity, noise, schedule).half().cpu()
                 bar.update(len(some))
 
-    key = content_key(cfg.data, vars(cfg.flow), cfg.teacher, teacher.digest(), cfg.teacher_cfg,
-                      cfg.seed, shape)
+    key = content_key(cfg.data, vars(cfg.flow), teacher.digest(), cfg.teacher_cfg, cfg.seed, shape)
     path = Path(cfg.data.cache) / f"teacher-{len(latents)}-{key}.safetensors"
     return kept_tensors(path, lambda: {
         "latents": rows_in_parts(path, len(latents), drawn_batches)})["latents"]
@@ -185,7 +184,8 @@ class Game:
         self.teacher = Teacher(cfg, device)
         self.mixed = Distill(cfg, net, self.teacher)            # for S(L_task, L_kd)
         self.walk = torch.tensor(times(cfg.K, cfg.shift)[:-1], device=device)   # (K,), from 1 down
-        opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay, (0.0, 0.99))
+        words = net.text.parameters() if net.text else ()
+        opt = Muon(net, cfg.lr, cfg.muon_lr, cfg.weight_decay, (0.0, 0.99), words, cfg.text_rate)
         self.ema = EMA(net, cfg.ema)
         self.players = {"generator": Learner(net, opt, cfg.clip, self.ema)}
         if cfg.has_critic:
