@@ -232,13 +232,15 @@ def adversarial_grid(args):
     base, seeds = Path(cfg.out), range(cfg.seed, cfg.seed + args.seeds)
     init = resolve(cfg.init)
     counts = [cfg.K, *(n for n in (2, 1) if n < cfg.K)]
-    commands = {"before": [score_command(args, init, base / "before", "--fd", str(args.fd))],
-                "untrained": scored_in_steps(args, init, base / "untrained", counts)}
+    commands = {}
     for seed in seeds:
         for row in args.rows or ADV_ROWS:
             out = base / row_folder(row, seed)
             keys = [*ADV_ROWS[row], f"seed={seed}"]
             commands[out.name] = few_step_row(args, cfg, out, keys, counts)
+    # last: they write no log, for which the other jobs would wait
+    commands["before"] = [score_command(args, init, base / "before", "--fd", str(args.fd))]
+    commands["untrained"] = scored_in_steps(args, init, base / "untrained", counts)
     run_rows(commands, base, args.jobs)
 
     found = {"K": cfg.K, "before": scored(base / "before"),
