@@ -124,5 +124,5 @@ def health(csv, out):
         panels += [Panel("discriminator's answers", "step", answers, log=False),
                    Panel("its share of right answers, by tap", "step", right, log=False),
                    Panel("its loss", "t': 0 is the picture, 1 is noise", by_time, log=False),
-                   Panel("its pull on the prediction", "step", pulls)]
+                   Panel("its pull on the prediction", "step", pulls, log=False)]
     chart(panels, out)
