@@ -18,7 +18,6 @@ import sys
 from collections import deque
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -37,6 +36,7 @@ from adversaries import (
     noised,
     right_shares,
     rolled,
+    teachers_latents,
 )
 from cache import make_cache
 from checkpoint import Run
@@ -52,13 +52,13 @@ from common import (
     setup,
     use_bfloat16,
 )
-from data import BATCH, Batch, Batches, content_key, kept_tensors, rows_in_parts, seeded, wordings
+from data import Batch, Batches, seeded
 from decoder import to_pictures
 from distill import Distill, DistillConfig, Teacher, by_bin, check_size, teacher_text
 from evaluate import health_warnings, latents_health
 from model import count_params, load_model
 from optim import EMA, Learner, Muon, average_gradients, rate
-from sample import dpmpp, euler, generate, latents_noise, sampling, times
+from sample import euler, generate, sampling, times
 from text import Text, Tokens
 from train import FlowConfig, Validation, draw_times, flow_loss, load_data, shown_prompts
 
@@ -109,6 +109,9 @@ class AdvConfig(DistillConfig):
     def check(self):
         if self.featkd or self.accumulate != 1:
             raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
+        if self.wrong_captions and self.batch < 2:
+            raise UserError("wrong_captions gives a picture its neighbour's caption: batch=2 or "
+                            "more has neighbours")
         if self.real == "teacher" and self.data.folder:
             raise UserError("real=teacher draws anew what scenes show: your own pictures want "
                             "real=data")
@@ -146,35 +149,6 @@ def teacher_velocity(teacher, x, t, text: Text, steps: int):
     walk = [a * (1 - i / steps) for i in range(steps + 1)]      # each picture from its own t to 0
     x0 = euler(lambda y, s: teacher(y, s.flatten(), text)[0].float(), x, walk)
     return (x - x0) / a                                         # (B, C, H, W)
-
-def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor:
-    """What the guided teacher draws for the scenes of `latents`, in 14 steps of dpmpp, each with
-    one of the scene's wordings: fp16 of the same shape, made once and kept.
-    LADD trains on such pictures alone: G can reach them, and they agree with their captions."""
-    words = wordings(cfg, len(latents), vocabulary)
-    shape, device = tuple(latents.shape[1:]), teacher.empty.emb.device
-    schedule = times(14, cfg.flow.shift)
-
-    def drawn_batches(todo):
-        with tqdm(total=todo.stop, initial=todo.start, desc="the teacher draws") as bar:
-            for first in range(todo.start, todo.stop, BATCH):
-                some = range(first, min(first + BATCH, todo.stop))
-                L = words["lengths"][some, 0]
-                ids = words["ids"][some, 0, :L.max()].long()
-                tokens = Tokens(ids, torch.arange(L.max()) < L[:, None])
-                noise = latents_noise(some, shape, device)              # (B, C, H, W)
-                text = teacher.read(Batch(noise, tokens).to(device), vocabulary)
-
-                def velocity(x, t, text=text):
-                    return teacher(x, torch.full((len(x),), t, device=device), text)[0].float()
-                with torch.no_grad():
-                    yield dpmpp(velocity, noise, schedule).half().cpu()
-                bar.update(len(some))
-
-    key = content_key(cfg.data, vars(cfg.flow), teacher.digest(), cfg.teacher_cfg, cfg.seed, shape)
-    path = Path(cfg.data.cache) / f"teacher-{len(latents)}-{key}.safetensors"
-    return kept_tensors(path, lambda: {
-        "latents": rows_in_parts(path, len(latents), drawn_batches)})["latents"]
 
 class Game:
     """The generator, the frozen teacher, the critic's heads, the fake score; one step of each."""

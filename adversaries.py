@@ -1,4 +1,5 @@
-"""Whom the student of adv_distill.py plays against: the discriminator, and the fake score.
+"""What the student of adv_distill.py plays against: the discriminator, the fake score, and the
+teacher's own pictures, where they are what is real.
 
 The discriminator is small trained heads on a frozen denoiser's features. Real pictures and the
 student's predictions are noised to the same time t' with the same noise, and each head says for
@@ -8,15 +9,19 @@ detail. The fake score is a denoiser that learns what the student makes (DMD2, Y
 B batch | C H W latents | D channels of a tap | h w its grid | N places | W width of a head
 """
 import copy
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from tqdm import tqdm
 
 from costs import tap_names, tap_shape
+from data import BATCH, Batch, content_key, kept_tensors, rows_in_parts, wordings
 from distill import Teacher, find_teacher
 from model import load_model
-from text import Text
+from sample import dpmpp, latents_noise, times
+from text import Text, Tokens
 
 def noise_like(x, g):
     return torch.randn(x.shape, generator=g, device=x.device)
@@ -144,3 +149,32 @@ def fake_score(cfg, net, device):
         if real.denoiser.cfg == net.denoiser.cfg and real.text_cfg == net.text_cfg:
             fake = real
     return fake.requires_grad_(True).train()
+
+def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor:
+    """What the guided teacher draws for the scenes of `latents`, in 14 steps of dpmpp, each with
+    one of the scene's wordings: fp16 of the same shape, made once and kept.
+    LADD trains on such pictures alone: G can reach them, and they agree with their captions."""
+    words = wordings(cfg, len(latents), vocabulary)
+    shape, device = tuple(latents.shape[1:]), teacher.empty.emb.device
+    schedule = times(14, cfg.flow.shift)
+
+    def drawn_batches(todo):
+        with tqdm(total=todo.stop, initial=todo.start, desc="the teacher draws") as bar:
+            for first in range(todo.start, todo.stop, BATCH):
+                some = range(first, min(first + BATCH, todo.stop))
+                L = words["lengths"][some, 0]
+                ids = words["ids"][some, 0, :L.max()].long()
+                tokens = Tokens(ids, torch.arange(L.max()) < L[:, None])
+                noise = latents_noise(some, shape, device)              # (B, C, H, W)
+                text = teacher.read(Batch(noise, tokens).to(device), vocabulary)
+
+                def velocity(x, t, text=text):
+                    return teacher(x, torch.full((len(x),), t, device=device), text)[0].float()
+                with torch.no_grad():
+                    yield dpmpp(velocity, noise, schedule).half().cpu()
+                bar.update(len(some))
+
+    key = content_key(cfg.data, vars(cfg.flow), teacher.digest(), cfg.teacher_cfg, cfg.seed, shape)
+    path = Path(cfg.data.cache) / f"teacher-{len(latents)}-{key}.safetensors"
+    return kept_tensors(path, lambda: {
+        "latents": rows_in_parts(path, len(latents), drawn_batches)})["latents"]

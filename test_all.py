@@ -1671,11 +1671,13 @@ def test_d_sees_both_sides_in_the_same_noise(pipeline):
     cfg = common.read_config(adv_distill.AdvConfig(), pipeline.command("gan")[1:])
     game = adv_distill.Game(cfg, model.load_model(cfg.init)[0], torch.device("cpu"), False)
     batch, g = tiny_batch()[0], torch.Generator().manual_seed(0)
-    words = game.teacher.read(batch)
-    assert torch.equal(adversaries.rolled(words).emb, words.emb[[5, 0, 1, 2, 3, 4]])
+    texts = game.teacher.read(batch)
+    assert torch.equal(adversaries.rolled(texts).emb, texts.emb[[5, 0, 1, 2, 3, 4]])
     values = game.critic_step(batch, batch.x0, g)       # predictions without a flaw
     assert values["accuracy"] == 0.5 and values["d_real"] == values["d_fake"]
     assert torch.isfinite(values["bin_d"]).any() and values["bin_d"].shape == (8,)
+    with pytest.raises(UserError, match="neighbours"):
+        replace(cfg, wrong_captions=True, batch=1).check()
 
 def test_g_waits_until_d_is_right_often_enough():
     cfg, turns = adv_distill.AdvConfig(critic_start=50), []
@@ -1698,11 +1700,9 @@ def test_every_remedy_of_the_discriminator_trains(pipeline, tmp_path):
     assert drawn.shape == (32, 16, 8, 8) and drawn.std() > 0.1
 
 def test_a_discriminator_that_pulls_too_little_is_named():
-    def rows(ratio):
-        return [{"step": "1", "pull_ratio": str(ratio)}, {"step": "2"}]
-    assert adv_distill.pull_warnings(rows(0.7)) == adv_distill.pull_warnings([]) == []
-    assert "0.01 times" in adv_distill.pull_warnings(rows(0.01))[0]
-    assert "20 times" in adv_distill.pull_warnings(rows(20))[0]
+    logs = [[{"step": "1", "pull_ratio": x}, {"step": "2"}] for x in ("0.01", "0.7", "20")]
+    weak, right, strong = map(adv_distill.pull_warnings, logs)
+    assert "0.01 times" in weak[0] and "20 times" in strong[0] and right == []
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_backward_simulation_walks_as_the_sampler_does(sampler):
