@@ -23,6 +23,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
+from statistics import mean, median
 
 import torch
 
@@ -215,16 +216,18 @@ def few_step_row(args, cfg: AdvConfig, out: Path, keys, counts) -> list[list[str
     return [train, *scored_in_steps(args, out / "final", out, counts)]
 
 def few_step_outcome(run: Path, counts) -> dict:
-    """Its score in each number of steps, and how the discriminator did in the last third."""
+    """Its score in each number of steps; the discriminator's share of right answers and the loss in
+    the last third; the median of the pull ratio, as adv_distill.py warns by it."""
     found = {"scores": {}}
     for n in counts:
         found["scores"][n] = scored(run if n == counts[0] else run / f"in_{n}")
     if (run / "log.csv").exists():
         rows = read_log(run / "log.csv")
-        rows = rows[len(rows) * 2 // 3:]
-        for key in "accuracy", "pull_ratio", "val":
-            values = [value for _, value in series(rows, key)]
-            found[key] = sum(values) / len(values) if values else None
+        last = rows[len(rows) * 2 // 3:]
+        for key, some, summary in (("accuracy", last, mean), ("val", last, mean),
+                                   ("pull_ratio", rows, median)):
+            values = [value for _, value in series(some, key)]
+            found[key] = summary(values) if values else None
     return found
 
 def adversarial_grid(args):

@@ -17,7 +17,7 @@ from common import ROOT, UserError, friendly
 from scenes import CATEGORIES
 
 RESULTS = ROOT / "docs/results"
-PAGES = ("README.md", "docs/RESULTS.md", "docs/BENCH.md")
+PAGES = ("README.md", "docs/RESULTS.md", "docs/DISTILLATION.md", "docs/BENCH.md")
 BASE, FAST = "assets/scenes", "assets/fast"      # before and after step distillation
 SCORED = {      # folder of docs/results: what its score.json is of; FOLDER_wide has free English
     "before": "until 2026-11-25: `small` of 64 px, 28 steps, guidance 4",
@@ -238,36 +238,44 @@ def adversarial(folder) -> str:
     """Students of K steps: scores, and what is paired with L_kd alone."""
     found, rows = read_result(folder, "adversarial"), []
     K = str(found["K"])
-    counts = list(found["rows"]["KD alone"][0]["scores"])
-    alone = [run["scores"][K] for run in found["rows"]["KD alone"]]
+    alone = found["rows"]["KD alone"]
+    counts = list(alone[0]["scores"])
     every = {"before, 28 steps, guidance 4": [{"scores": {K: found["before"]}}]} | found["rows"]
     for name, runs in every.items():
         rows.append(few_step_cells(name, runs, K, counts, alone))
     columns = {"student": "{name}", "seeds": "{seeds}", f"score in {K} steps (95 %)": "{score}",
-               "minus KD alone (paired, 95 %)": "{gain}", "Frechet distance": "{fd:.2f}",
+               "minus KD alone (paired, 95 %)": "{gain}", "Frechet distance": "{fd}",
                "precision": "{precision:.2f}", "recall": "{recall:.2f}",
                **{f"in {n}": "{in_" + n + "}" for n in counts[1:]},
-               "D right": "{accuracy}", "GAN's pull / KD's": "{pull_ratio}"}
+               f"in {counts[-1]}, minus KD alone": "{last_gain}",
+               "D right": "{accuracy}", "GAN's pull / KD's, median": "{pull_ratio}"}
     return table(rows, columns) + source(found["command"], found)
 
+def mean_of_runs(values: list[float], digits: int) -> str:
+    """0.73 (0.71 - 0.74): mean, least and most over the seeds."""
+    text = f"{statistics.mean(values):.{digits}f}" if values else ""
+    if len(values) > 1:
+        text += f" ({min(values):.{digits}f} - {max(values):.{digits}f})"
+    return text
+
 def few_step_cells(name: str, runs: list[dict], K: str, counts, alone: list[dict]) -> dict:
-    """Means over the seeds; the interval of one seed is that of its prompts."""
-    first = [run["scores"][K] for run in runs]
-    cells = {"name": name, "seeds": len(runs), "gain": ""}
-    cells["score"] = interval_text(first[0]["scores"]["mean"])
-    if len(runs) > 1:
-        means = [run["scores"]["mean"]["score"] for run in first]
-        cells["score"] = f"{statistics.mean(means):.3f} ({min(means):.3f}, {max(means):.3f})"
-    if first != alone:
-        cells["gain"] = paired_text(first, alone, DIFFERENCE)
-    for key in "fd", "precision", "recall":
-        cells[key] = statistics.mean(run[key] for run in first)
-    for n in counts[1:]:
-        scores = [run["scores"][n]["scores"]["mean"]["score"] for run in runs if n in run["scores"]]
-        cells[f"in_{n}"] = f"{statistics.mean(scores):.3f}" if scores else ""
+    """Means over the seeds; the interval of one seed's score is that of its prompts."""
+    cells = {"name": name, "seeds": len(runs)}
+    at = {n: [run["scores"][n] for run in runs if n in run["scores"]] for n in counts}
+    for n in counts:
+        cells[f"in_{n}"] = mean_of_runs([one["scores"]["mean"]["score"] for one in at[n]], 3)
+    cells["score"] = cells[f"in_{K}"]
+    if len(runs) == 1:
+        cells["score"] = interval_text(at[K][0]["scores"]["mean"])
+    for cell, n in (("gain", K), ("last_gain", counts[-1])):
+        theirs = [run["scores"][n] for run in alone]
+        known = runs is not alone and at[n]
+        cells[cell] = paired_text(at[n], theirs, DIFFERENCE) if known else ""
+    cells["fd"] = mean_of_runs([one["fd"] for one in at[K]], 3)
+    for key in "precision", "recall":
+        cells[key] = statistics.mean(one[key] for one in at[K])
     for key in "accuracy", "pull_ratio":
-        values = [run[key] for run in runs if run.get(key) is not None]
-        cells[key] = f"{statistics.mean(values):.2f}" if values else ""
+        cells[key] = mean_of_runs([run[key] for run in runs if run.get(key) is not None], 2)
     return cells
 
 def ablation(folder) -> str:
