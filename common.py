@@ -265,6 +265,11 @@ def peak_memory(device: torch.device) -> float:
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
+def json_text(found) -> str:
+    """Indented JSON, with a list of numbers on one line."""
+    text = json.dumps(found, indent=1)
+    return re.sub(r"\[[\s\d.,eE+-]+\]", lambda numbers: " ".join(numbers[0].split()), text)
+
 def provenance(seed: int = 0) -> dict:
     """Where a number comes from: commit ("+": files outside of docs/ differ), machine, date."""
     def git(*arguments):

@@ -15,7 +15,6 @@ N M pictures | F features of each
 """
 import argparse
 import importlib.util
-import json
 import math
 import random
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from checker import ceiling, judge, load_checker, look
 from checkpoint import resolve
-from common import UserError, autocast, friendly, provenance, setup, use_bfloat16
+from common import UserError, autocast, friendly, json_text, provenance, setup, use_bfloat16
 from decoder import load_autoencoder
 from model import load_model
 from plots import grid
@@ -195,7 +194,7 @@ def evaluate(a):
     print_table(result)
     if a.fd:
         result |= distances(draw, checker, source(seed=11), a.fd)
-    (folder / "score.json").write_text(json.dumps(result, indent=1))
+    (folder / "score.json").write_text(json_text(result))
     contact_sheet(pictures, captions, verdicts, a.prompts, a.each).save(folder / "score.png")
     print(f"\n{folder}/score.json, {folder}/score.png")
 

@@ -29,7 +29,17 @@ import torch
 
 from adv_distill import AdvConfig
 from checkpoint import read_description, resolve
-from common import ROOT, UserError, fill, friendly, provenance, read_config, read_log, setup
+from common import (
+    ROOT,
+    UserError,
+    fill,
+    friendly,
+    json_text,
+    provenance,
+    read_config,
+    read_log,
+    setup,
+)
 from distill import Distill, DistillConfig
 from lab import tables
 from lab.bench import in_turns, training_step
@@ -125,7 +135,7 @@ def write_result(args, cfg, found: dict):
     about = {"command": command, "config": args.config, **provenance(cfg.seed)}
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.grid}.json").write_text(json.dumps(about | found, indent=1))
+    (folder / f"{args.grid}.json").write_text(json_text(about | found))
     print(tables.TABLES[args.grid](folder))
 
 # ------------------------------------------------------------------------- distillation
