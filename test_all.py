@@ -1701,8 +1701,8 @@ def test_every_remedy_of_the_discriminator_trains(pipeline, tmp_path):
 
 def test_a_discriminator_that_pulls_too_little_is_named():
     logs = [[{"step": "1", "pull_ratio": x}, {"step": "2"}] for x in ("0.01", "0.7", "20")]
-    weak, right, strong = map(adv_distill.pull_warnings, logs)
-    assert "0.01 times" in weak[0] and "20 times" in strong[0] and right == []
+    none, weak, right, strong = map(adv_distill.pull_warnings, [[], *logs])
+    assert "0.01 times" in weak[0] and "20 times" in strong[0] and right == none == []
 
 @pytest.mark.parametrize("sampler", ["euler", "renoise"])
 def test_backward_simulation_walks_as_the_sampler_does(sampler):
