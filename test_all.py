@@ -2128,8 +2128,8 @@ def test_adversarial_grid_gives_all_rows_equal_steps(pipeline, tmp_path, monkeyp
         ran.update(commands)
         for name in commands:
             mean = 0.5 + 0.25 * name.startswith("KD_GAN_0")
-            score = scored_run(mean) | {"fd": 2.5, "precision": 0.5, "recall": 0.5, "scores": {
-                "mean": {"score": mean, "low": 0, "high": 1}}}
+            score = scored_run(mean, mean) | {"fd": 2.5, "precision": 0.5, "recall": 0.5}
+            score["scores"] = {"mean": {"score": mean, "low": 0, "high": 1}}
             for folder in base / name, base / name / "in_1":
                 folder.mkdir(parents=True)
                 (folder / "score.json").write_text(json.dumps(score))
