@@ -193,6 +193,8 @@ class AneUNet(nn.Module):
     """sample (1, C, H, W), timestep (1,) = 1000 t, encoder_hidden_states (1, D+1, 1, L) -> velocity
     (1, C, H, W): names and units of Apple's Swift package. The last channel of the states is the
     mask, 0 for a token and MASKED for padding, so that no fourth input is needed."""
+    exact = ("freqs",)
+
     def __init__(self, unet, H, W):
         super().__init__()
         self.unet = ane_form(unet)
@@ -283,14 +285,18 @@ class AneTextEncoder(nn.Module):
 # ------------------------------------------------------------------------------------- conversion
 @torch.no_grad()
 def round_to_fp16(form):
-    """In place, the training form's too: they are shared. The sinusoids stay fp32 in the file."""
-    for name, v in [*form.named_parameters(), *form.named_buffers()]:
-        if name != "freqs":
-            v.copy_(v.half().float())
+    """In place, the training form's too: they are shared. What runs before the engine starts stays
+    fp32 in the file: sinusoids, and the tables of coreml/sd.py."""
+    for module in form.modules():
+        exact = getattr(module, "exact", ())
+        for name, v in [*module.named_parameters(recurse=False),
+                        *module.named_buffers(recurse=False)]:
+            if name not in exact:
+                v.copy_(v.half().float())
 
-def convert_form(form, inputs: dict, output: str):
+def convert_form(form, inputs: dict, output: str, oldest: str = "iOS18"):
     """A Neural Engine form -> Core ML model in fp16. What has rank 2 or less (the time's sinusoids,
-    token ids) stays fp32 and runs before the engine starts."""
+    token ids) stays fp32 and runs before the engine starts. oldest: system that loads it."""
     ct = load_coremltools()
 
     def is_fp16(op):
@@ -301,7 +307,7 @@ def convert_form(form, inputs: dict, output: str):
         graph = torch.jit.trace(form, tuple(inputs.values()), check_trace=False)
         return ct.convert(
             graph, inputs=typed, outputs=[ct.TensorType(output, dtype=np.float16)],
-            convert_to="mlprogram", minimum_deployment_target=ct.target.iOS18,
+            convert_to="mlprogram", minimum_deployment_target=ct.target[oldest],
             compute_precision=ct.transform.FP16ComputePrecision(op_selector=is_fp16),
             compute_units=ct.ComputeUnit.CPU_AND_NE, skip_model_load=True)
 
