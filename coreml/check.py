@@ -78,6 +78,9 @@ def op_layer_norm(a):
 def op_slice_by_index(a):
     index = []
     for i in range(a.x.ndim):
+        if a.squeeze_mask and a.squeeze_mask[i]:
+            index.append(a.begin[i])
+            continue
         first = None if a.begin_mask and a.begin_mask[i] else a.begin[i]
         last = None if a.end_mask and a.end_mask[i] else a.end[i]
         index.append(slice(first, last, a.stride[i] if a.stride else 1))
@@ -93,6 +96,7 @@ OPS = {
     "batch_norm": op_batch_norm, "conv": op_conv, "expand_dims": op_expand_dims,
     "layer_norm": op_layer_norm, "slice_by_index": op_slice_by_index,
     "cast": lambda a: a.x.to(CASTS.get(a.dtype, torch.int32)),
+    "clip": lambda a: a.x.clamp(a.alpha, a.beta),
     "concat": lambda a: torch.cat(a.values, a.axis),
     "einsum": lambda a: torch.einsum(a.equation, *a.values),
     "gather": lambda a: a.x[(slice(None),) * (a.axis % a.x.ndim) + (a.indices.long(),)],
@@ -100,6 +104,7 @@ OPS = {
     "linear": lambda a: F.linear(a.x, a.weight, a.bias),
     "matmul": lambda a: (a.x.mT if a.transpose_x else a.x) @ (a.y.mT if a.transpose_y else a.y),
     "reduce_mean": lambda a: a.x.mean(a.axes, a.keep_dims),
+    "reduce_sum": lambda a: a.x.sum(a.axes, a.keep_dims),
     "reshape": lambda a: a.x.reshape([n or a.x.shape[i] for i, n in enumerate(a.shape)]),
     "rsqrt": lambda a: torch.rsqrt(a.x + a.epsilon),
     "scaled_dot_product_attention":
@@ -184,7 +189,7 @@ class Package:
     @torch.inference_mode()
     def run(self, inputs: dict, half: bool = True, largest: dict | None = None) -> dict:
         """{name: array or tensor} -> {name: fp32 tensor}. half: rounds every result to its declared
-        type. largest: a dict to fill with {op and result: largest |activation|}, inf for NaN."""
+        type. largest: a dict to fill with {op and result in fp16: largest |value|}, inf for NaN."""
         if unknown := sorted({op.op_type for op in self.ops} - set(OPS)):
             raise CheckError(f"{self.path.name}: this package has ops that the executor does not "
                              f"know: {', '.join(unknown)}")
@@ -209,7 +214,7 @@ class Package:
             results = results if isinstance(results, tuple) else [results]
             for var, result in zip(op.outputs, results, strict=True):
                 x = values[id(var)] = self.stored(result, var, half)
-                if largest is not None and torch.is_floating_point(x):
+                if largest is not None and dtype_of(var) == "fp16":
                     most = x.abs().nan_to_num(math.inf, math.inf).max()
                     largest[f"{op.op_type} {var.name}"] = most.item()
             for _, var in operands(op):
@@ -359,6 +364,18 @@ def estimate(package, fused: bool = True) -> list:
         rows.append((max(op_flops(op) / COMPUTE, traffic / BANDWIDTH), op))
     return sorted(rows, key=lambda row: -row[0])
 
+def peak_bytes(package) -> int:
+    """Most bytes of activations that are alive at once, in the order of the file. An engine that
+    fuses ops needs less, one that keeps copies in other layouts more."""
+    alive, most = {id(v): 2 * size_of(v) for v in package.inputs.values()}, 0
+    for i, op in enumerate(package.ops):
+        alive |= {id(v): 2 * size_of(v) for v in op.outputs}
+        most = max(most, sum(alive.values()))
+        for _, var in operands(op):
+            if package.last_use[id(var)] == i:
+                alive.pop(id(var), None)
+    return most
+
 # ------------------------------------------------------------------------------- the command line
 def read_arrays(path) -> dict:
     """{name: array} of an .npz file."""
@@ -394,6 +411,7 @@ def print_estimate(p):
     fused, unfused = (1000 * sum(s for s, _ in estimate(p, how)) for how in (True, False))
     print(f"{sum(map(op_flops, p.ops)) / 1e9:.2f} GFLOP; an A17 Pro, estimated, not measured: "
           f"{fused:.1f} ms, {unfused:.1f} if no pointwise op is fused into its neighbours")
+    print(f"{p.bytes / 1e6:.0f} MB of weights, {peak_bytes(p) / 1e6:.0f} MB of activations at most")
     for seconds, op in estimate(p)[:10]:
         print(f"{1000 * seconds:9.3f} ms  {op_flops(op) / 1e9:8.2f} GFLOP  {op.op_type} {op.name} "
               f"{shape_of(op.outputs[0])}")
