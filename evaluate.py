@@ -159,13 +159,12 @@ def evaluate(a):
     folder.mkdir(parents=True, exist_ok=True)       # now, not after all pictures are drawn
     checker = load_checker(a.checker, device)
     if a.coreml:
-        from coreml.bundle import Bundle
-        net = ae = Bundle(a.coreml)
+        from coreml.bundle import load_bundle
+        net = ae = load_bundle(a.coreml)
         config = net.config
     else:
         net, config = load_model(a.ckpt, device)
         ae = load_autoencoder(a.ae, device)
-    how = sampling(config, a.steps, a.cfg, a.sampler)
     data = config["data"]
     source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"],
                      atlas=data["atlas"])
@@ -174,7 +173,12 @@ def evaluate(a):
     word = wide if a.wording == "wide" else test.caption
     captions = [word(scene, random.Random(i))
                 for i, scene in enumerate(scenes) for _ in range(a.each)]
-    draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
+    if hasattr(net, "draw"):                        # a bundle for apps, as they draw it
+        how = net.sampling(a.steps, a.cfg, a.sampler)
+        draw = partial(net.draw, progress=True, **how)
+    else:
+        how = sampling(config, a.steps, a.cfg, a.sampler)
+        draw = partial(generate, net, ae, size=data["size"], batch=a.batch, progress=True, **how)
     begin = time.time()
     quick = not a.coreml and use_bfloat16("auto", device)   # 48 dB from fp32, twice as fast
     with autocast(device, quick):
@@ -235,7 +239,8 @@ def parse_evaluation(argv):
     p.add_argument("--checker", default="assets/checker")
     p.add_argument("--steps", type=int, help="default: the checkpoint's few_steps, else 28")
     p.add_argument("--cfg", type=float, help="guidance; default: few_steps', else 4")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: few_steps', else dpmpp")
+    p.add_argument("--sampler", choices=[*SAMPLERS, "pndm"],
+                   help="default: few_steps', else dpmpp; pndm: of bundles for apps")
     p.add_argument("--prompts", type=int, default=60, help="a category")
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
     p.add_argument("--wording", choices=("own", "wide"), default="own",

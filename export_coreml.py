@@ -3,6 +3,7 @@
     python export_coreml.py --out bundle                   TextEncoder, Unet, VAEDecoder .mlpackage
     python export_coreml.py --ckpt runs/base --size 256 --bits 8 --out bundle
     python export_coreml.py --preset t2i --out bundle      the paper's sizes, random weights
+    python export_coreml.py --target sd --out bundle       for apps that load Stable Diffusion 1.x
     python export_coreml.py --target coreai --out ai       .aimodel files for iOS 27
 
 Each package is saved, loaded again and executed by coreml/check.py. A bundle is refused (exit
@@ -35,12 +36,14 @@ import torch.nn.functional as F
 from checkpoint import VERSION, crc32, replacing
 from common import UserError, friendly, keep_memory_mapped, peak_memory, provenance
 from coreml import ane
-from coreml.bundle import COMPILE, Bundle
+from coreml.apple import SCHEDULERS, sd_noise
+from coreml.bundle import COMPILE, load_bundle
 from coreml.check import LIMIT, CheckError, Package, lint, load_coremltools, shape_of, tensor_psnr
 from coreml.coreai import export_coreai
-from decoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from coreml.sd import app_settings, readme, sd_parts
+from decoder import Autoencoder, AutoencoderConfig, load_autoencoder, to_pictures
 from model import PRESETS, UNet, count_params, load_model
-from sample import euler, generate, sampling, times
+from sample import euler, generate, guided, latents_noise, repeated, sampling, times
 from text import Tokens, parts_of
 
 GATES = {"form": 100, "graph": 100, "numerics": 50}      # dB, at least
@@ -57,6 +60,7 @@ class Part:
     form: torch.nn.Module
     train: Callable          # takes the form's inputs by name, gives its output
     cases: list[dict]        # inputs to compare them on
+    oldest: str = "iOS18"    # system that loads it
 
     def psnr(self, a, b) -> float:
         if self.name == "TextEncoder":      # its last channel, the mask of -10000, would flatter
@@ -151,7 +155,7 @@ def export_part(part: Part, folder: Path, bits: int) -> tuple[dict, list[str]]:
     ane.calibrate(part.form, part.cases)
     form = min(part.psnr(part.form(**c), w) for c, w in zip(part.cases, wanted, strict=True))
     ane.round_to_fp16(part.form)
-    model = ane.convert_form(part.form, part.cases[0], part.output)
+    model = ane.convert_form(part.form, part.cases[0], part.output, part.oldest)
     model.short_description = part.text
     model.save(str(path))
     graph, numerics, largest = measure(path, part, wanted)
@@ -184,13 +188,28 @@ def picture_psnr(a, b) -> float:
     error = np.mean((np.stack(a).astype(float) - np.stack(b)) ** 2)
     return float(10 * np.log10(255 ** 2 / max(1e-9, error)))
 
+@torch.inference_mode()
+def app_pictures(net, ae, prompts, seeds, size: int, steps, cfg, sampler) -> list:
+    """PyTorch's pictures, drawn with an app's scheduler at the times of SD's schedule."""
+    text, empty = net.encode(prompts), repeated(net.encode([""]), len(prompts))
+    noise_of = sd_noise(guided(net.denoiser, text, empty, cfg))
+    x = latents_noise(seeds, (net.denoiser.cfg.in_channels, size // 8, size // 8), net.device)
+    x0 = SCHEDULERS[sampler](noise_of, x, len(steps) - 1)
+    return to_pictures(ae.decode(x0.float()))
+
 def picture_gate(a, folder: Path, size: int) -> float:
     """Pictures from the files against PyTorch's from the weights before rounding -> PSNR."""
     net, config = load_model(a.ckpt)
-    how = sampling(config)               # a few-step student draws in its own steps, unguided
-    bundle, seeds = Bundle(folder), range(len(PROMPTS))
-    ours = generate(bundle, bundle, PROMPTS, seeds, size, **how)
-    value = picture_psnr(ours, generate(net, load_autoencoder(a.ae), PROMPTS, seeds, size, **how))
+    ae, bundle, seeds = load_autoencoder(a.ae), load_bundle(folder), range(len(PROMPTS))
+    if a.target == "sd":
+        how = bundle.sampling()
+        ours = bundle.draw(PROMPTS, seeds, **how)
+        theirs = app_pictures(net, ae, PROMPTS, seeds, size, **how)
+    else:
+        how = sampling(config)           # a few-step student draws in its own steps, unguided
+        ours = generate(bundle, bundle, PROMPTS, seeds, size, **how)
+        theirs = generate(net, ae, PROMPTS, seeds, size, **how)
+    value = picture_psnr(ours, theirs)
     print(f"pictures of {size} px: {value:.1f} dB against PyTorch ({len(PROMPTS)} prompts, "
           f"{len(how['steps']) - 1} steps, guidance {how['cfg']:g})")
     return value
@@ -235,16 +254,18 @@ def describe(source: Source, a) -> dict:
     """The manifest, but for its parts."""
     config, ae = source.config, source.ae.cfg
     how = sampling(config)
-    shift = (config.get("few_steps") or {}).get("shift") or config["flow"]["shift"]
+    schedule = {
+        "kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t",
+        "sampler": how["sampler"], "steps": len(how["steps"]) - 1, "times": how["steps"],
+        "cfg": how["cfg"],
+        "shift": (config.get("few_steps") or {}).get("shift") or config["flow"]["shift"]}
     return {
-        "version": VERSION, "git": provenance()["commit"], "size": source.size, "bits": a.bits,
+        "version": VERSION, "git": provenance()["commit"],
+        "target": a.target, "size": source.size, "bits": a.bits,
         "source": f"random weights, {a.preset}" if a.preset else str(a.ckpt),
         "tools": {"torch": torch.__version__, "coremltools": load_coremltools().__version__},
         "latent": {"channels": ae.latent, "factor": 8, "scale": ae.scale, "shift": ae.shift},
-        "schedule": {
-            "kind": "rectified flow", "prediction": "velocity", "timestep": "1000 t",
-            "sampler": how["sampler"], "steps": len(how["steps"]) - 1, "times": how["steps"],
-            "cfg": how["cfg"], "shift": shift},
+        "schedule": app_settings(config) if a.target == "sd" else schedule,
         "config": {k: config[k] for k in KEPT if k in config},
     }
 
@@ -261,10 +282,13 @@ def write_vocabulary(net, folder: Path) -> dict:
 def export_bundle(a, source: Source, folder: Path) -> list[str]:
     """Fills the folder -> the gates that failed."""
     begin, failed = time.time(), []
-    manifest = describe(source, a) | {"parts": {}}
-    if source.own_text:
+    manifest, parts = describe(source, a) | {"parts": {}}, make_parts(source)
+    if a.target == "sd":
+        parts = sd_parts(parts, source, folder)
+        (folder / "README.md").write_text(readme(manifest))
+    elif source.own_text:
         manifest["tokens"] = write_vocabulary(source.net, folder)
-    for part in make_parts(source):
+    for part in parts:
         row, missed = export_part(part, folder, a.bits)
         manifest["parts"][part.name] = row
         failed += missed
@@ -307,7 +331,7 @@ def parse(argv):
     p.add_argument("--size", type=int, default=0, help="pixels; default: as in training")
     p.add_argument("--bits", type=int, choices=PICTURE, default=16,
                    help="of a weight: 8 = int8 per channel, 6 and 4 = palettes")
-    p.add_argument("--target", choices=("coreml", "coreai"), default="coreml")
+    p.add_argument("--target", choices=("coreml", "sd", "coreai"), default="coreml")
     return p.parse_args(argv)
 
 def main(argv):

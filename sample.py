@@ -18,6 +18,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 # threads that spin while they wait triple the time of a picture on a machine that is busy
@@ -95,6 +96,8 @@ def sampling(config: dict, steps=None, cfg=None, sampler=None, shift=None) -> di
     """How a checkpoint is sampled, as keyword arguments of generate().
     What is asked for, else what config.json says under few_steps, else 28 guided steps. A student
     of K steps that is asked for fewer takes them at times that it was trained at."""
+    if sampler == "pndm":
+        raise UserError("--sampler pndm is an app's: it draws bundles of --target sd alone")
     few = config.get("few_steps") or {}
     K = few.get("steps", 28)
     n = steps or K
@@ -186,7 +189,8 @@ def parse(argv):
     p.add_argument("--cfg", type=float, help="guidance, 1 = none; default: few_steps', else 4")
     p.add_argument("--interval", type=float, nargs=2, default=(0.0, 1.0), metavar=("FROM", "TO"),
                    help="times t at which guidance acts")
-    p.add_argument("--sampler", choices=SAMPLERS, help="default: few_steps', else dpmpp")
+    p.add_argument("--sampler", choices=[*SAMPLERS, "pndm"],
+                   help="default: few_steps', else dpmpp; pndm: of bundles for apps")
     p.add_argument("--shift", type=float, default=0.0, help="shift of time; 0 = as in training")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("-n", type=int, default=1, help="pictures a prompt")
@@ -251,8 +255,8 @@ def main(argv):
     out = None if a.list else check_request(a)
     device, _, _ = setup(a.device)
     if a.coreml:
-        from coreml.bundle import Bundle
-        net = ae = Bundle(a.coreml)
+        from coreml.bundle import load_bundle
+        net = ae = load_bundle(a.coreml)
         config = net.config
         if a.size not in ([], [net.size]):
             raise UserError(f"{a.coreml} draws {net.size} pixels: export another for --size")
@@ -266,13 +270,20 @@ def main(argv):
     size = picture_size(a.size, config["data"]["size"], net.denoiser.cfg)
     captions = [c for c in a.prompts for _ in range(a.n)]
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]
-    how = sampling(config, a.steps, a.cfg, a.sampler, a.shift)
+    asked = a.steps, a.cfg, a.sampler, a.shift
+    if hasattr(net, "draw"):                    # a bundle for apps, as they draw it
+        if tuple(a.interval) != (0.0, 1.0):
+            raise UserError("--interval: an app's guidance acts at all times, leave it out")
+        how = net.sampling(*asked)
+        draw = partial(net.draw, **how)
+    else:
+        how = sampling(config, *asked)
+        draw = partial(generate, net, ae, size=size, **how, interval=a.interval)
     begin = time.time()
     # on a CPU that has bfloat16: 40 dB or more from fp32, in 0.7 of the time
     quick = device.type == "cpu" and not a.coreml and use_bfloat16("auto", device)
     with autocast(device, quick):
-        pictures = generate(net, ae, captions, seeds, size, **how, interval=a.interval,
-                            progress=True)
+        pictures = draw(captions, seeds, progress=True)
     seconds = (time.time() - begin) / len(pictures)
 
     height, width = pictures[0].shape[:2]
