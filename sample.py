@@ -3,8 +3,12 @@
     python sample.py "three red cars left of a tree" -n 4 --seed 1 -o out.png
     python sample.py "a dog" "a blue cat" --ckpt runs/nano --steps 28 --cfg 4 --sampler dpmpp
     python sample.py "a dog" --base                      the model before step distillation
+    python sample.py --prompts mine.txt --out-dir out    a prompt a line, a file a picture
+    python sample.py --info out.png                      the command that draws it again
     python sample.py "a red car" --coreml bundle/        a bundle that export_coreml.py wrote
     python sample.py --list                              what the model knows
+
+In Python: `from sample import load; draw = load("assets/fast"); draw("a red car").save("a.png")`.
 
 Rectified flow (docs/PAPER.md, section 4): x_t = (1 - t) x0 + t eps. The network gives the velocity
 v = eps - x0, so x0 = x_t - t v, and t = 1 is noise. A sampler is a pure function
@@ -14,21 +18,22 @@ B batch | C channels | H W latent rows, columns
 """
 import argparse
 import gc
+import json
 import math
 import os
+import shlex
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 # threads that spin while they wait triple the time of a picture on a machine that is busy
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")      # read when torch is imported
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common import ASSETS, UserError, autocast, friendly, setup, use_bfloat16
+from common import ASSETS, UserError, autocast, friendly, provenance, setup, use_bfloat16
 from decoder import load_autoencoder, to_pictures
 from mmdit import MMDiTConfig
 from model import load_model
@@ -177,6 +182,51 @@ def fresh_noise(seeds, shape, device):
         return latents_noise([s + ((k + 1) << 40) for s in seeds], shape, device)
     return noise
 
+# ---------------------------------------------------------------------------- a model in memory
+def shipped() -> str:
+    """The student of few steps, where there is one."""
+    return "assets/fast" if (ASSETS / "fast").is_dir() else "assets/scenes"
+
+def load_networks(ckpt: str, ae: str, coreml: str, device):
+    """(network, autoencoder, config)."""
+    if coreml:
+        from coreml.bundle import load_bundle
+        bundle = load_bundle(coreml)
+        return bundle, bundle, bundle.config
+    net, config = load_model(ckpt, device)
+    return net, load_autoencoder(ae, device), config
+
+def drawing(net, ae, size, how: dict, interval=(0.0, 1.0)):
+    """A function (captions, seeds, progress) -> list of uint8 (H, W, 3)."""
+    app = hasattr(net, "draw")                  # a bundle for apps, as they draw it
+    # on a CPU that has bfloat16: 40 dB or more from fp32, in 0.7 of the time
+    quick = net.device.type == "cpu" and ae is not net and use_bfloat16("auto", net.device)
+
+    def draw(captions, seeds, progress=False):
+        if app:
+            return net.draw(captions, seeds, **how, progress=progress)
+        with autocast(net.device, quick):
+            return generate(net, ae, captions, seeds, size, **how, interval=interval,
+                            progress=progress)
+    return draw
+
+def how_to_sample(net, config: dict, *asked) -> dict:
+    """sampling(), or a bundle's own."""
+    return net.sampling(*asked) if hasattr(net, "sampling") else sampling(config, *asked)
+
+def load(ckpt: str = "", ae: str = "assets/ae", device: str = "auto"):
+    """A function (prompt, seed=0, steps=None, cfg=None, size=None, sampler=None) -> PIL image,
+    the picture that the command line draws. size: pixels, or (height, width)."""
+    net, ae, config = load_networks(ckpt or shipped(), ae, "", setup(device)[0])
+
+    def draw(prompt: str, seed: int = 0, steps=None, cfg=None, size=None, sampler=None):
+        wanted = [size] if isinstance(size, int) else list(size or [])
+        pixels = picture_size(wanted, config["data"]["size"], net.denoiser.cfg)
+        how = how_to_sample(net, config, steps, cfg, sampler)
+        return Image.fromarray(drawing(net, ae, pixels, how)([prompt], [seed])[0])
+    return draw
+
+# ---------------------------------------------------------------------------- the command line
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("prompts", nargs="*", help="what to draw, one picture or more for each")
@@ -198,10 +248,24 @@ def parse(argv):
                    help="pixels, or height and width; default: as in training")
     p.add_argument("--device", default="auto")
     p.add_argument("-o", "--out", default="out.png")
+    p.add_argument("--separate", action="store_true", help="a file a picture: out_0.png, ..")
+    p.add_argument("--out-dir", default="", metavar="DIR", help="makes DIR, separate files in it")
+    p.add_argument("--prompts", dest="file", default="", metavar="FILE", help="a prompt a line")
+    p.add_argument("--info", default="", metavar="PNG", help="print what drew it, draw nothing")
     return p.parse_args(argv)
 
-def check_request(a):
-    """UserError, before anything is loaded, where the request cannot be met."""
+def read_prompts(path: str) -> list[str]:
+    try:
+        lines = Path(path).expanduser().read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--prompts {path}: {e}; it wants a text file, a prompt a line") from None
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError(f"--prompts {path}: the file has no line with a prompt")
+    return prompts
+
+def check_request(a) -> Path:
+    """The file to write. UserError, before anything is loaded, where the request cannot be met."""
     if not all(prompt.strip() for prompt in a.prompts or [""]):
         raise UserError("the prompt is empty: say what to draw, such as \"a red car\", or --list")
     if (a.steps is not None and not 1 <= a.steps <= 1000) or a.n < 1:
@@ -215,6 +279,9 @@ def check_request(a):
     if a.base and a.ckpt:
         raise UserError(f"--base is assets/scenes: leave it or --ckpt {a.ckpt} out")
     out = Path(a.out).expanduser()
+    if a.out_dir:
+        out, a.separate = Path(a.out_dir).expanduser() / out.name, True
+        out.parent.mkdir(parents=True, exist_ok=True)
     if not out.parent.is_dir():
         raise UserError(f"the directory {out.parent} does not exist: create it, or give another -o")
     if out.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
@@ -250,52 +317,90 @@ def tell_known(a, config: dict, net):
             nearest = f"nearest: {', '.join(near)}" if near else "--list shows them"
             print(f"{word}: not among the {len(known)} things it knows; {nearest}")
 
+RECORD = "nanosnapgen"          # key of the text chunk
+
+def record(a, how: dict, size) -> dict:
+    """What a picture's file says of how it was drawn."""
+    return {
+        **provenance(a.seed), "prompts": a.prompts, "n": a.n, "ckpt": a.ckpt, "ae": a.ae,
+        "coreml": a.coreml, "size": [size] if isinstance(size, int) else list(size),
+        "steps": len(how["steps"]) - 1, "cfg": how["cfg"], "sampler": how["sampler"],
+        "shift": a.shift, "interval": list(a.interval)}
+
+def command_of(about: dict) -> str:
+    """The command that draws it again."""
+    words = ["python", "sample.py", *about["prompts"]]
+    for key in ("ckpt", "coreml", "ae", "size", "steps", "cfg", "sampler", "shift", "interval",
+                "seed"):
+        value = about[key]
+        unset = value == "" or (key, value) in (("shift", 0.0), ("interval", [0.0, 1.0]))
+        if not unset and not (about["coreml"] and key in ("ae", "size")):
+            words += [f"--{key}", *(value if isinstance(value, list) else [value])]
+    return shlex.join(map(str, [*words, "-n", about["n"]]))
+
+def tell_info(path: str):
+    try:
+        with Image.open(Path(path).expanduser()) as image:
+            about = json.loads(image.info[RECORD])
+        line = (f"{command_of(about)}\n(commit {about['commit']}, {about['machine']}, torch "
+                f"{about['torch']}, {about['date']})")
+    except (OSError, LookupError, TypeError, ValueError):
+        raise UserError(f"{path} does not say how it was drawn: PNG files of sample.py do, "
+                        "unless another program saved them anew") from None
+    print(line)
+
+def save_picture(image, path: Path, about: dict):
+    text = PngImagePlugin.PngInfo()
+    text.add_text(RECORD, json.dumps(about))
+    image.save(path, **({"pnginfo": text} if path.suffix.lower() == ".png" else {}))
+
+def save_pictures(a, out: Path, about: dict, pictures, captions, seeds) -> str:
+    """One sheet, or a file a picture -> their names."""
+    if not a.separate:
+        sheet = Image.fromarray(pictures[0])
+        if len(pictures) > 1:
+            columns = a.n if len(a.prompts) > 1 else 0
+            sheet = grid(pictures, captions, columns, max(1, 256 // pictures[0].shape[0]))
+        save_picture(sheet, out, about)
+        return str(out)
+    digits = len(str(len(pictures) - 1))
+    names = [out.with_name(f"{out.stem}_{i:0{digits}}{out.suffix}") for i in range(len(pictures))]
+    for name, picture, caption, seed in zip(names, pictures, captions, seeds, strict=True):
+        own = {"prompts": [caption], "seed": seed, "n": 1}
+        save_picture(Image.fromarray(picture), name, about | own)
+    return str(names[0]) if len(names) == 1 else f"{names[0]} .. {names[-1].name}"
+
 def main(argv):
     a = parse(argv)
+    if a.info:
+        return tell_info(a.info)
+    a.prompts += read_prompts(a.file) if a.file else []
     out = None if a.list else check_request(a)
     device, _, _ = setup(a.device)
-    if a.coreml:
-        from coreml.bundle import load_bundle
-        net = ae = load_bundle(a.coreml)
-        config = net.config
-        if a.size not in ([], [net.size]):
-            raise UserError(f"{a.coreml} draws {net.size} pixels: export another for --size")
-    else:
-        fast = (ASSETS / "fast").is_dir() and not a.base
-        net, config = load_model(a.ckpt or ("assets/fast" if fast else "assets/scenes"), device)
-        ae = load_autoencoder(a.ae, device)
+    if not a.coreml:
+        a.ckpt = "assets/scenes" if a.base else a.ckpt or shipped()
+    net, ae, config = load_networks(a.ckpt, a.ae, a.coreml, device)
+    if a.coreml and a.size not in ([], [net.size]):
+        raise UserError(f"{a.coreml} draws {net.size} pixels: export another for --size")
     tell_known(a, config, net)
     if a.list:
         return
     size = picture_size(a.size, config["data"]["size"], net.denoiser.cfg)
     captions = [c for c in a.prompts for _ in range(a.n)]
     seeds = [a.seed + i for _ in a.prompts for i in range(a.n)]
-    asked = a.steps, a.cfg, a.sampler, a.shift
-    if hasattr(net, "draw"):                    # a bundle for apps, as they draw it
-        if tuple(a.interval) != (0.0, 1.0):
-            raise UserError("--interval: an app's guidance acts at all times, leave it out")
-        how = net.sampling(*asked)
-        draw = partial(net.draw, **how)
-    else:
-        how = sampling(config, *asked)
-        draw = partial(generate, net, ae, size=size, **how, interval=a.interval)
+    how = how_to_sample(net, config, a.steps, a.cfg, a.sampler, a.shift)
+    if hasattr(net, "draw") and tuple(a.interval) != (0.0, 1.0):
+        raise UserError("--interval: an app's guidance acts at all times, leave it out")
     begin = time.time()
-    # on a CPU that has bfloat16: 40 dB or more from fp32, in 0.7 of the time
-    quick = device.type == "cpu" and not a.coreml and use_bfloat16("auto", device)
-    with autocast(device, quick):
-        pictures = draw(captions, seeds, progress=True)
+    pictures = drawing(net, ae, size, how, a.interval)(captions, seeds, progress=True)
     seconds = (time.time() - begin) / len(pictures)
 
+    names = save_pictures(a, out, record(a, how, size), pictures, captions, seeds)
     height, width = pictures[0].shape[:2]
-    sheet = Image.fromarray(pictures[0])
-    if len(pictures) > 1:
-        columns = a.n if len(a.prompts) > 1 else 0
-        sheet = grid(pictures, captions, columns, max(1, 256 // height))
-    sheet.save(out)
     at = [f"{t:.2f}" for t in how["steps"][:-1]]
     if len(at) > 8:
         at[4:-1] = [".."]
-    print(f"{out}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each ("
+    print(f"{names}: {len(pictures)} pictures of {height}x{width}, {seconds:.2f} s each ("
           f"{how['sampler']}, guidance {how['cfg']:g}, {len(how['steps']) - 1} steps at t = "
           f"{' '.join(at)})")
 
