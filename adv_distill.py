@@ -52,7 +52,7 @@ from common import (
     setup,
     use_bfloat16,
 )
-from data import Batch, Batches, seeded
+from data import Batch, Batches, FlowConfig, seeded
 from decoder import to_pictures
 from distill import Distill, DistillConfig, Teacher, by_bin, check_size, teacher_text
 from evaluate import health_warnings, latents_health
@@ -60,7 +60,7 @@ from model import count_params, load_model
 from optim import EMA, Learner, Muon, average_gradients, rate
 from sample import euler, generate, sampling, times
 from text import Text, Tokens
-from train import FlowConfig, Validation, draw_times, flow_loss, load_data, shown_prompts
+from train import Validation, draw_times, flow_loss, load_data, shown_prompts
 
 READY = 0.62        # of the discriminator's answers are right: the generator begins
 
@@ -70,7 +70,7 @@ class AdvConfig(DistillConfig):
     init: str = "runs/nano"         # the student: its networks, text and flow are taken over
     teacher: str = ""               # empty: the student itself, frozen
     teacher_cfg: float = option(3.0, low=0)     # guidance that is distilled in, at all K times
-    kd_steps: int = option(2, low=1)            # Euler steps of the teacher from x_t to its x0
+    kd_steps: int = option(2, low=1, high=1000)  # Euler steps of the teacher from x_t to its x0
     scaling: str = option("constant", choices=("timestep", "constant"))
     alpha: float = option(0.0, low=0, high=1)   # with ratio "none": L_kd alone, a plain mean square
     ratio: str = option("none", choices=("sample", "none"))
@@ -90,8 +90,8 @@ class AdvConfig(DistillConfig):
     gan_weight: float = option(1.0, low=0)      # so that its pull is 0.5 to 1 times L_kd's
     critic_start: int = option(200, low=0)      # steps at most that G waits for D
     critic_taps: list[str] = option([])         # empty: all stages or blocks of the teacher
-    critic_width: int = option(64, low=1)
-    critic_depth: int = option(2, low=1)        # convolutions of a head
+    critic_width: int = option(64, low=1, high=8192)
+    critic_depth: int = option(2, low=1, high=100)        # convolutions of a head
     critic_lr: float = option(3e-3, above=0)    # constant after the warm-up, as is fake_lr
     critic_warmup: int = option(10, low=1)
     critic_times: FlowConfig = field(default_factory=lambda: FlowConfig(mean=1.0))      # of t'
@@ -358,6 +358,9 @@ def distil(cfg: AdvConfig):
     if cfg.has_critic and not run.start:
         game.prepare_critic(batches, rank, world)
         run.restart_clock()
+    report = partial(report_health, cfg, run, game, ae, held_out, validation, prompts, few)
+    if run.lacks("val"):
+        report()
 
     for step in run.steps():
         game.players["generator"].opt.schedule(rate(cfg, step))
@@ -373,7 +376,7 @@ def distil(cfg: AdvConfig):
         if run.due():
             run.save()
             if rank == 0 and not run.stop:
-                report_health(cfg, run, game, ae, held_out, validation, prompts, few)
+                report()
             run.restart_clock()
 
     final = {**net.state_dict(), **game.ema.state_dict()}

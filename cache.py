@@ -15,6 +15,7 @@ import functools
 import hashlib
 import json
 import random
+import shutil
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -29,18 +30,28 @@ from common import UserError, setup
 from data import Batch, autoencoder_fingerprint, seeded, whose_turn
 from decoder import encode_pictures, load_autoencoder
 from pictures import Prepared, find_pictures, listing_key
-from text import Text, drop_encoders, join_texts, load_encoders, load_vocabulary, on_device
+from text import (
+    Text,
+    drop_encoders,
+    encoders_fingerprint,
+    join_texts,
+    load_encoders,
+    load_vocabulary,
+    on_device,
+)
 
 PIXELS = 2**21              # encoded at a time: two pictures of 1024 px, 512 of 64 px
 CAPTIONS = 32               # of the text encoders, at a time
 
-def cache_settings(cfg, ae) -> dict:
+def cache_settings(cfg, ae, download: bool = False) -> dict:
+    """What the content of a cache depends on; download: encoders that are not here yet."""
     settings = {"text": cfg.text.kind, "autoencoder": autoencoder_fingerprint(ae)}
     for key in ("size", "bucket_step", "max_ratio", "max_upscale", "shard"):
         settings[key] = getattr(cfg.data, key)
     if cfg.text.kind != "own":
-        for key in ("folder", "width", "tokens", "leave_out"):
+        for key in ("width", "tokens", "leave_out"):
             settings[f"text.{key}"] = getattr(cfg.text, key)
+        settings["text.folder's weights"] = encoders_fingerprint(cfg.text, download)
     return settings
 
 def read_state(root: Path, settings: dict) -> dict | None:
@@ -53,7 +64,7 @@ def read_state(root: Path, settings: dict) -> dict | None:
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{root}/cache.json is damaged: delete {root}, make it again") from None
     for key, now in settings.items():
-        if was.get(key) != now:
+        if was.get(key) != now and now is not None:     # None: not here, so not to be compared
             raise UserError(f"{root} was made with {key}={was.get(key)}, the config says {now}: "
                             "give another data.cache, or delete it and make it again")
     return state
@@ -71,7 +82,7 @@ def make_cache(cfg, teacher_text=None):
         raise UserError(f"data.bucket_step={d.bucket_step}: the network wants multiples of {grain}")
     items = find_pictures(d.folder)
     ae = load_autoencoder(cfg.ae, device)
-    settings, listing = cache_settings(cfg, ae), listing_key(items)
+    settings, listing = cache_settings(cfg, ae, download=True), listing_key(items)
     old = read_state(root, settings)
     if old and old["listing"] != listing:
         raise UserError(f"{d.cache} was made of other pictures or captions than '{d.folder}' holds "
@@ -81,7 +92,7 @@ def make_cache(cfg, teacher_text=None):
     if rank == 0:
         root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob("*.tmp*"):    # of a process that was killed
-            leftover.unlink()
+            shutil.rmtree(leftover, ignore_errors=True)
         if not old:
             write_state(root, state)
     if world > 1:
@@ -176,7 +187,8 @@ def add_teacher_states(root: Path, cfg, device, rank: int, world: int, shards: i
     files = {root / "sd3-empty.safetensors": {}} if rank == 0 else {}
     for k in range(rank, shards, world):
         files[shard_path(root, k, "sd3-")] = read_shard(root, k)["buckets"]
-    todo = [path for path in files if note_of(path, "states") != states_key(cfg, files[path])]
+    weights = encoders_fingerprint(cfg, download=True)
+    todo = [path for path, members in files.items() if not has_states(path, cfg, members, weights)]
     if not todo:
         return
     encoders = load_encoders(cfg, device)
@@ -189,13 +201,18 @@ def add_teacher_states(root: Path, cfg, device, rank: int, world: int, shards: i
         tensors = {} if files[path] else text_tensors(encode, [""])
         for key, rows in files[path].items():
             tensors |= text_tensors(encode, [caption for _, caption in rows], f"{key}.")
-        write_tensors(path, tensors, {"states": states_key(cfg, files[path])})
+        write_tensors(path, tensors, {"states": f"{states_key(cfg, files[path])} {weights}"})
     encoders.release()
 
 def states_key(cfg, members: dict) -> str:
     """Names the encoders (not the teacher: SD3.5-Large and its Turbo share them) and captions."""
     what = json.dumps([cfg.width, cfg.tokens, sorted(cfg.leave_out), members])
     return hashlib.sha256(what.encode()).hexdigest()[:16]
+
+def has_states(path: Path, cfg, members: dict, weights: str | None) -> bool:
+    """Whether a file holds the states that these encoders give; weights: their fingerprint."""
+    key, _, theirs = (note_of(path, "states") or "").partition(" ")
+    return key == states_key(cfg, members) and weights in (None, theirs)
 
 def finish(cfg, state: dict):
     """Writes skipped.txt and cache.json's `done`, prints what is in the cache."""
@@ -245,11 +262,12 @@ def open_cache(cfg, ae, teacher_text, vocabulary):
     if not state or not state["done"]:
         raise UserError(f"the cache {root} is not whole: run the same command with --cache first")
     rows, lacking = [], 0
+    weights = encoders_fingerprint(teacher_text) if teacher_text else None
     for k in range(state["shards"]):
         buckets = read_shard(root, k)["buckets"]
         if teacher_text:
-            wanted = states_key(teacher_text, buckets)
-            lacking += note_of(shard_path(root, k, "sd3-"), "states") != wanted
+            path = shard_path(root, k, "sd3-")
+            lacking += not has_states(path, teacher_text, buckets, weights)
         for bucket, members in buckets.items():
             for i, (name, caption) in enumerate(members):
                 digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()

@@ -71,7 +71,7 @@ def load_checker(path="assets/checker", device="cpu") -> Checker:
 class CheckerConfig:
     out: str = "runs/checker"
     steps: int = option(5000, low=1)
-    batch: int = option(32, low=1)
+    batch: int = option(32, low=1, high=65536)
     lr: float = option(1e-3, above=0)
     muon_lr: float = option(0.02, low=0)
     warmup: int = option(100, low=1)
@@ -81,7 +81,7 @@ class CheckerConfig:
     eval_every: int = option(1000, low=1)
     amp: str = option("auto", choices=("auto", "bfloat16", "float32"))
     workers: int = option(1, low=0)             # processes that render
-    seed: int = option(0, low=0)
+    seed: int = option(0, low=0, high=2**64 - 1)
     device: str = "auto"
 
 def render_batch(cfg: CheckerConfig, sources: list[Scenes], k: int):

@@ -56,9 +56,12 @@ def sync(path: Path):
     os.close(fd)
 
 def write_whole(path: Path, save):
-    """Calls save(temporary path), then puts the file in place: all of it or nothing."""
-    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    """Calls save(temporary path), then puts the file in place: all of it or nothing.
+    The temporary file has a folder of its own, since safetensors makes others beside it."""
+    folder = path.with_name(f"{path.name}.tmp{os.getpid()}")
+    temporary = folder / path.name
     try:
+        folder.mkdir(exist_ok=True)
         temporary.touch()                                   # with the mode that the umask gives
         mode = temporary.stat().st_mode
         save(temporary)
@@ -67,7 +70,7 @@ def write_whole(path: Path, save):
         os.replace(temporary, path)
         sync(path.parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
 
 @contextlib.contextmanager
 def replacing(path, latest: bool = True):
@@ -80,7 +83,7 @@ def replacing(path, latest: bool = True):
     try:
         if old.exists() and not path.exists():
             old.rename(path)                                # killed between its two renames
-        for p in (temporary, old):
+        for p in (temporary, old, *path.parent.glob("latest.tmp*")):    # of killed processes
             shutil.rmtree(p, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
@@ -129,16 +132,25 @@ def resolve(path) -> Path:
             path = path.with_name(path.name + ".old")       # killed between two renames of a save
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and "
-                        "model.safetensors")
+                        f"model.safetensors (only what begins with {HUB} is asked of the hub)")
     return path
+
+KINDS = {           # of the entries of config.json that are read
+    **dict.fromkeys(("step", "ema_steps"), int), **dict.fromkeys(("stage", "arch"), str),
+    **dict.fromkeys(("crc32", "model", "mmdit", "text", "data", "flow", "few_steps", "autoencoder"),
+                    dict)}
 
 def read_description(path: Path) -> dict:
     """A checkpoint's config.json."""
     file = path / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(config, dict) or not isinstance(config.get("crc32", {}), dict):
+        if not isinstance(config, dict):
             raise ValueError("no table of settings")
+        for key, kind in KINDS.items():
+            value = config.get(key)
+            if value is not None and (type(value) is not kind or kind is int and value < 0):
+                raise ValueError(f"'{key}' is {value!r:.60}, no {kind.__name__}")
     except (ValueError, RecursionError, OSError) as e:
         raise UserError(f"{file} is missing or damaged ({e}): this is no checkpoint of ours, or a "
                         "half-written one; use another") from None
@@ -176,20 +188,23 @@ def load_checkpoint(path, names=("model",)) -> tuple[dict, dict[str, dict]]:
             state[name] = read_tensors(check_file(path, config, file))
     return config, state
 
-def hub_folder(source, inside: str, get: str = "") -> Path:
-    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself.
-    What is no directory is taken for a hub id, and downloaded. `get` is added to the error: what to
-    download, how large it is, where to put it."""
+HUB = "hf:"     # before a hub id; anything else is a path, so that a mistyped one asks nobody
+
+def hub_folder(source, inside: str) -> Path:
+    """The directory of a network in the hub's layout: SOURCE/inside, or SOURCE itself. SOURCE is a
+    directory, or HUB and a hub id, which is downloaded."""
+    hub_id = str(source).removeprefix(HUB)
     folder = Path(source).expanduser()
-    if not folder.exists():
+    if hub_id != str(source):
         try:
             from huggingface_hub import snapshot_download  # a dependency of transformers
             patterns = [f"{inside}/*.json", f"{inside}/*.safetensors"]
-            folder = Path(snapshot_download(str(source), allow_patterns=patterns))
+            folder = Path(snapshot_download(hub_id, allow_patterns=patterns))
         except Exception as e:                              # many types: network, hub, files
-            raise UserError(f"no directory {source}, and the hub does not give it "
-                            f"({type(e).__name__}): check the name, the network, and for gated "
-                            f"models `hf auth login`{'; ' * bool(get)}{get}") from None
+            raise UserError(f"the hub does not give {hub_id} ({type(e).__name__}): check the name, "
+                            "the network, and for gated models `hf auth login`") from None
+    elif not folder.is_dir():
+        raise UserError(f"no directory {source}: give another, or {HUB}OWNER/NAME for the hub's")
     return folder / inside if (folder / inside).is_dir() else folder
 
 def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -202,17 +217,18 @@ def hub_tensors(folder: Path) -> dict[str, torch.Tensor]:
     state = {}
     for file in files:
         state |= read_tensors(file)
+    check_finite(state, str(folder))
     return state
 
 def check_fit(own: dict, state: dict, what: str):
-    """UserError names the first key in which two {key: shape} differ."""
+    """UserError names the first key in which two {key: form} differ."""
     missing = sorted(own.keys() - state.keys())
     extra = sorted(state.keys() - own.keys())
     wrong = [k for k in own if k in state and own[k] != state[k]]
     if missing or extra or wrong:
         first = [*missing, *extra, *wrong][0]
         raise UserError(f"{what} does not fit its config, first in '{first}' ({len(missing)} "
-                        f"missing, {len(extra)} unknown, {len(wrong)} of another shape)")
+                        f"missing, {len(extra)} unknown, {len(wrong)} of another shape or kind)")
 
 def check_finite(state: dict, what: str):
     bad = [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v).all()]
@@ -229,8 +245,9 @@ class WithoutInit(TorchFunctionMode):
 
 def load_into(module, state: dict, what: str):
     """A module's or EMA's load_state_dict that names the first difference, or the first NaN."""
-    own = {k: v.shape for k, v in module.state_dict().items()}
-    check_fit(own, {k: v.shape for k, v in state.items()}, what)
+    forms = [{k: (v.shape, v.is_floating_point()) for k, v in tensors.items()}
+             for tensors in (module.state_dict(), state)]
+    check_fit(*forms, what)
     check_finite(state, what)
     module.load_state_dict(state)
     return module
@@ -364,6 +381,13 @@ class Run:
         if self.main:
             self.rows.append({"step": self.step, **values})
             write_log(self.out / "log.csv", self.rows)
+
+    def lacks(self, *keys: str) -> bool:
+        """Before the loop: whether the run was killed between a save and its evaluation, whose row
+        has one of these keys."""
+        rows = [row for row in self.rows if int(row["step"]) == self.start]
+        there = any(row.get(key) for row in rows for key in keys)
+        return self.main and self.start > 0 and self.due() and not there
 
     def restart_clock(self):
         """Call it after an evaluation, whose time is not training's."""

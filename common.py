@@ -26,28 +26,52 @@ class UserError(Exception):
 @contextlib.contextmanager
 def friendly():
     """Wraps every main(): an error that a user can mend ends in one line and exit status 1."""
+    for stream in (sys.stdout, sys.stderr):             # a caption that the terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as e:
-        sys.exit(f"error: {e}")
+        sys.exit(f"error: {one_line(e)}")
     except KeyboardInterrupt:
         sys.exit("stopped by the keyboard")
-    except (OSError, SafetensorError) as e:
-        how = "check that the path exists and may be read and written"
-        if is_disk_full(e):
-            how = "the disk is full: free some space and run the same command again"
-        sys.exit(f"error: {e}: {how}")
+    except (OSError, SafetensorError, MemoryError, RuntimeError) as e:
+        how = how_to_mend(e)
+        if not how:
+            raise
+        sys.exit(f"error: {one_line(e)}: {how}")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+def one_line(e: BaseException) -> str:
+    """What an error says, or its name, with the characters of strange paths escaped."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text.encode(errors="backslashreplace").decode()[:1000]
+
+def how_to_mend(e: BaseException) -> str:
+    """What a user can do about an error of the system or of PyTorch; "": a fault of ours."""
+    said = str(e)
+    if is_disk_full(e):
+        return "the disk is full: free some space and run the same command again"
+    if isinstance(e, MemoryError) or "out of memory" in said or "can't allocate" in said:
+        return "out of memory: lower batch, the picture's size or the network's (docs/FAQ.md)"
+    if isinstance(e, dist.DistError) or "gloo" in said or "ncclSystem" in said:
+        return "another process of this training ended first; what it said tells why"
+    if isinstance(e, (OSError, SafetensorError)):
+        return "check that the path exists and may be read and written"
+    return ""
 
 def is_disk_full(e: BaseException) -> bool:
     return any(s in str(e) for s in ("No space left", "File too large", "quota exceeded"))
 
 # ---------------------------------------------------------------------------- config
+MOST = 10**9        # of a number without bounds of its own: what ends in this life
+
 def option(default, low=None, high=None, above=None, choices=None):
     """A dataclass field and its bounds: low and high inclusive, above exclusive; or its choices.
-    In a list each entry is checked. Every number must be finite, with or without bounds."""
+    In a list each entry is checked. Every number must be finite, and without
+    bounds of its own between -MOST and MOST."""
     allowed = {"low": low, "high": high, "above": above, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: list(default), metadata=allowed)
@@ -73,12 +97,22 @@ def fill(obj, values: dict, where: str = "config", prefix: str = ""):
         else:
             value = typed(value, old, name, where)
             check_range(value, fields[key].metadata, name, where)
+            if isinstance(value, str):
+                check_text(value, fields[key].default, name, where)
+                value = os.path.expanduser(value)       # ~/pictures
             setattr(obj, key, value)
     return obj
 
+def check_text(value: str, default, name: str, where: str):
+    """UserError where a text cannot be a name or a path, or is empty where it must not be."""
+    if not value.isprintable():
+        raise UserError(f"{where}: '{name}' has characters that cannot be printed: {value!r}")
+    if default and not value.strip():
+        raise UserError(f"{where}: '{name}' must not be empty; by default it is {default!r}")
+
 def typed(value, old, name: str, where: str):
     """`value` in the type of the field's present value `old`, or a UserError."""
-    if isinstance(old, float) and type(value) is int:
+    if isinstance(old, float) and type(value) is int and abs(value) < 1e300:
         return float(value)
     entries = value if isinstance(value, list) and isinstance(old, list) and old else []
     if type(value) is not type(old) or any(type(v) is not type(old[0]) for v in entries):
@@ -89,19 +123,22 @@ def typed(value, old, name: str, where: str):
 def check_range(value, allowed, name: str, where: str):
     """UserError where a value, or an entry of a list, is outside of what option() allows."""
     low, high, above = (allowed.get(k) for k in ("low", "high", "above"))
+    low, high = -MOST if low is None else low, MOST if high is None else high
     choices = allowed.get("choices")
     for v in value if isinstance(value, list) else [value]:
         wanted = ""
-        if isinstance(v, (int, float)) and not -(2**53) <= v <= 2**53:      # nan fails too
-            wanted = "a finite number up to 2^53"
-        elif low is not None and v < low:
-            wanted = f"{low} or more"
+        if choices and v not in choices:
+            wanted = "one of " + ", ".join(choices)
+        elif isinstance(v, str):
+            continue
+        elif not -1e300 < v < 1e300:                    # nan too
+            wanted = "a finite number"
         elif above is not None and v <= above:
             wanted = f"more than {above}"
-        elif high is not None and v > high:
+        elif v < low:
+            wanted = f"{low} or more"
+        elif v > high:
             wanted = f"{high} or less"
-        elif choices and v not in choices:
-            wanted = "one of " + ", ".join(choices)
         if wanted:
             raise UserError(f"{where}: '{name}' wants {wanted}, got {v!r}")
 
@@ -146,7 +183,7 @@ def read_toml(path) -> dict:
     except FileNotFoundError:
         known = ", ".join(sorted(f"configs/{p.name}" for p in ROOT.glob("configs/*.toml")))
         raise UserError(f"no config file {path}; there are: {known}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as e:
+    except (ValueError, RecursionError, IsADirectoryError) as e:
         raise UserError(f"{path} is not valid TOML: {e}") from None
 
 def parse_override(cfg, argument: str) -> dict:
@@ -157,7 +194,7 @@ def parse_override(cfg, argument: str) -> dict:
                         "steps=60 (without dashes) or data.folder='my pictures'")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         value = text                                    # an unquoted string, such as out=runs/a
     old = cfg
     for part in key.split("."):

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import write_whole
-from common import ROOT, UserError, friendly, option
+from common import ROOT, UserError, fill, friendly, option
 from decoder import encode_pictures
 from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
@@ -41,27 +41,51 @@ from wording import training_caption
 
 @dataclass
 class DataConfig:
-    size: int = option(64, low=8)           # pixels
+    size: int = option(64, low=8, high=8192)           # pixels
     nouns: int = option(12, low=0)          # the first so many, 0 = all
     layout: str = option("slots", choices=("slots", "free"))
-    pictures: int = option(20000, low=1)    # scenes, drawn once and kept as latents
-    seed: int = 0
+    pictures: int = option(20000, low=1, high=10**8)    # scenes, drawn once and kept as latents
+    seed: int = option(0, low=0, high=2**64 - 1)
     atlas: str = ""             # a folder of your own sprites, named by noun
     workers: int = option(2, low=0)         # processes that draw and word scenes, or read pictures
     cache: str = "runs/cache"   # directory
     # your own pictures (pictures.py): their area is about size x size
     folder: str = ""            # of pictures with captions, or of tars; empty: scenes
-    bucket_step: int = option(64, low=8)    # heights and widths are multiples of it
+    bucket_step: int = option(64, low=8, high=8192)    # heights and widths are multiples of it
     max_ratio: float = option(2.0, low=1)   # of a bucket's sides; longer pictures are cropped
     max_upscale: float = option(1.0, above=0)   # pictures that must grow more are skipped
     held_out: float = option(0.02, low=0, high=1)   # share for validation, by a hash of the name
-    shard: int = option(256, low=1)         # pictures in a file of the cache
+    shard: int = option(256, low=1, high=10**6)         # pictures in a file of the cache
 
     def check(self):
         step = self.bucket_step if self.folder else 8
         if self.size % step or step % 8:
             raise UserError(f"data.size={self.size} must be a multiple of {step} pixels, and "
                             "data.bucket_step one of 8")
+
+@dataclass
+class FlowConfig:
+    mean: float = option(0.0, low=-20, high=20)     # t = sigmoid(mean + std n), n normal:
+    std: float = option(1.0, above=0, high=20)      # logit-normal
+    shift: float = option(1.0, above=0, high=1000)  # t' = s t / (1 + (s - 1) t); 3 at 1024 px
+
+@dataclass
+class FewSteps:
+    """How a checkpoint of a few steps wants to be sampled."""
+    steps: int = option(4, low=1, high=1000)
+    sampler: str = option("euler", choices=("euler", "heun", "dpmpp", "renoise"))
+    cfg: float = option(1.0, low=0)
+    shift: float = option(1.0, above=0, high=1000)
+
+def check_tables(config: dict, where):
+    """UserError where what config.json says of pictures and sampling is not allowed. What it does
+    not say becomes the default; keys of other versions stay."""
+    for key, schema in (("data", DataConfig()), ("flow", FlowConfig()), ("few_steps", FewSteps())):
+        table = config.get(key) or {}
+        known = {k: v for k, v in table.items() if hasattr(schema, k)}
+        fill(schema, known, str(where), f"{key}.")
+        if key != "few_steps":
+            config[key] = {**vars(schema), **table}
 
 class Batch(NamedTuple):
     x0: torch.Tensor                    # (B, C, H/8, W/8) latents
@@ -245,7 +269,11 @@ def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
         except SafetensorError as e:
             print(f"{path} is damaged ({e}): making it again", flush=True)
             path.unlink()
-    write_whole(path, partial(save_file, make()))
+    tensors, parts = make(), path.with_suffix(".parts")
+    with contextlib.suppress(FileNotFoundError):        # a run beside this one is done, removed it
+        parts.mkdir(parents=True, exist_ok=True)
+        write_whole(parts / path.name, partial(save_file, tensors))
+        os.replace(parts / path.name, path)
     return kept_tensors(path, make)
 
 def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:

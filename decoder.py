@@ -6,10 +6,8 @@ prints their sizes; train_decoder.py trains them.
 
 B batch | C channels | H W of the picture in pixels | h w = H/8, W/8
 """
-import re
 from collections import OrderedDict
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,14 +19,14 @@ from common import UserError, attention, autocast, fill, option, use_bfloat16
 
 @dataclass
 class AutoencoderConfig:
-    latent: int = option(16, low=1)
-    widths: list[int] = option([128, 256, 512, 512], low=1)     # SD3's; scenes need far less
-    layers: int = option(2, low=1)              # residual blocks of a stage of the encoder
+    latent: int = option(16, low=1, high=1024)
+    widths: list[int] = option([128, 256, 512, 512], low=1, high=8192)  # SD3's; scenes need less
+    layers: int = option(2, low=1, high=100)  # residual blocks of a stage of the encoder
     attention: bool = True                      # in the encoder's middle
     # GroupNorms of narrow widths want few groups: a norm of one channel forgets the colour
     groups: int = option(32, low=1)             # of the encoder
-    tiny_widths: list[int] = option([256, 256, 128, 64], low=1)
-    tiny_blocks: list[int] = option([2, 2, 2, 2], low=0)
+    tiny_widths: list[int] = option([256, 256, 128, 64], low=1, high=8192)
+    tiny_blocks: list[int] = option([2, 2, 2, 2], low=0, high=100)
     tiny_groups: int = option(8, low=1)         # of the tiny decoder
     scale: float = option(1.5305, above=0)      # z = (mean - shift) * scale has about unit
     shift: float = 0.0609                       # variance; the numbers are SD3's
@@ -208,9 +206,9 @@ def encode_pictures(ae: Autoencoder, pictures, device):
         return ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu()
 
 def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
-    """From our checkpoint, a directory with SD3's `vae` (or that), or a hub id; fp32, frozen."""
-    hub_id = re.fullmatch(r"(?!runs/|assets/)[\w-]+/[\w.-]+", str(path))
-    if not hub_id or Path(path).exists():
+    """From our checkpoint, a directory with SD3's `vae` (or that), or `hf:` and a hub id; fp32,
+    frozen."""
+    if not str(path).startswith(checkpoint.HUB):
         path = checkpoint.resolve(path)
     folder = checkpoint.hub_folder(path, "vae")
     raw = checkpoint.read_description(folder)

@@ -15,7 +15,6 @@ teacher at the ends. Every part has a switch; kd=false featkd=false is train.py.
 B batch | C channels of the student's tap | D of the teacher's | h w its grid | P pooled width
 """
 import hashlib
-import re
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,20 +27,20 @@ import torch.nn.functional as F
 
 import plots
 from cache import empty_caption, make_cache
-from checkpoint import read_description, resolve
+from checkpoint import HUB, read_description, resolve
 from common import UserError, friendly, option, read_config
 from costs import tap_shape
-from data import Batch
+from data import Batch, FlowConfig
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, layer_norm, sd3_config
 from model import TextToLatents, count_params, load_model, network_of
 from sample import repeated
 from text import Text, TextConfig, load_encoders, on_device
-from train import FlowConfig, TrainConfig, flow_loss, train
+from train import TrainConfig, flow_loss, train
 
 @dataclass
 class DistillConfig(TrainConfig):
     out: str = "runs/kd_nano"
-    teacher: str = ""               # a checkpoint or run of ours, SD3's directory, or a hub id
+    teacher: str = ""               # a checkpoint or run of ours, SD3's directory, or hf:OWNER/NAME
     teacher_cfg: float = option(1.0, low=0)     # guidance of its velocity; not 1: it runs twice
     teacher_t5: bool = True         # false: SD3's teacher without T5-XXL, whose states are zeros
     kd: bool = True                 # L_kd on velocities
@@ -59,14 +58,15 @@ class DistillConfig(TrainConfig):
         return self.kd or self.featkd
 
 def find_teacher(name: str) -> tuple[str, Path | str]:
-    """("ours", folder), ("sd3", folder) or ("hub", id)."""
+    """("ours", folder), ("sd3", folder) or ("hub", hf:OWNER/NAME)."""
+    if name.startswith(HUB):
+        return "hub", name
     try:
         folder = resolve(name or "teacher=")
     except UserError:
-        if re.fullmatch(r"[\w-]+/[\w.-]+", name) and not name.startswith("runs/"):
-            return "hub", name
         raise UserError(f"no teacher at '{name}': train one (python train.py --config configs/"
-                        "teacher_nano.toml) and set teacher=, or turn kd and featkd off") from None
+                        "teacher_nano.toml) and set teacher=, or turn kd and featkd off; one of "
+                        f"the hub's is {HUB}OWNER/NAME") from None
     if (folder / "transformer").is_dir() or "num_attention_heads" in read_description(folder):
         return "sd3", folder
     return "ours", folder

@@ -23,15 +23,15 @@ from common import UserError, attention, option
 @dataclass
 class MMDiTConfig:
     """The defaults are SD3.5-Large: 8.06 B parameters."""
-    in_channels: int = option(16, low=1)
-    patch: int = option(2, low=1)
-    layers: int = option(38, low=1)
-    heads: int = option(38, low=1)
-    head_dim: int = option(64, low=1)
-    context_dim: int = option(4096, low=1)      # of a text state: both CLIPs padded, T5-XXL
-    pooled_dim: int = option(2048, low=1)       # of a text's one vector
-    base: int = option(64, low=1)               # patches a side where a position's step is 1
-    position_max: int = option(192, low=1)      # side of the position table
+    in_channels: int = option(16, low=1, high=1024)
+    patch: int = option(2, low=1, high=64)
+    layers: int = option(38, low=1, high=200)
+    heads: int = option(38, low=1, high=256)
+    head_dim: int = option(64, low=1, high=256)
+    context_dim: int = option(4096, low=1, high=65536)  # of a text state: both CLIPs padded, T5-XXL
+    pooled_dim: int = option(2048, low=1, high=65536)       # of a text's one vector
+    base: int = option(64, low=1, high=4096)  # patches a side where a position's step is 1
+    position_max: int = option(192, low=1, high=1024)      # side of the position table
     qk_norm: bool = True
     dual: list[int] = option([], low=0)         # blocks with a second attention, to the image alone
     checkpoint: bool = False                    # recompute activations in the backward pass
@@ -233,7 +233,7 @@ class MMDiT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, dtype=torch.bfloat16, device="cpu") -> "MMDiT":
-        """A frozen one from a directory in the hub's layout, or a hub id (gated: log in first).
+        """A frozen one from a directory in the hub's layout, or hf:OWNER/NAME (gated: log in).
         Built on the meta device from mapped files, so that memory holds the weights once."""
         folder = hub_folder(source, "transformer")
         with torch.device("meta"):

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from checkpoint import WithoutInit, check_file, load_checkpoint, load_into, resolve
 from common import UserError, attention, fill, option
+from data import check_tables
 from mmdit import MMDiT, MMDiTConfig
 from text import (
     FIRST_PATTERN,
@@ -30,24 +31,24 @@ from text import (
 @dataclass
 class UNetConfig:
     """The final model. Lists run over the stages, high resolution first, but depth_up upwards."""
-    in_channels: int = option(16, low=1)        # latent channels (SD3's autoencoder)
-    widths: list[int] = option([256, 512, 896], low=1)
-    context_dim: int = option(2304, low=1)      # of a text state: CLIP-L + CLIP-G, Gemma-2-2B
-    depth_down: list[int] = option([2, 2, 4], low=0)    # transformer blocks after each residual
-    depth_mid: int = option(4, low=0)                   # block; 0 = no text here
-    depth_up: list[int] = option([4, 2, 0], low=0)
-    res_down: int = option(2, low=1)            # residual blocks of a down stage; up: one more
+    in_channels: int = option(16, low=1, high=1024)        # latent channels (SD3's autoencoder)
+    widths: list[int] = option([256, 512, 896], low=1, high=16384)
+    context_dim: int = option(2304, low=1, high=65536)  # of a text state: both CLIPs, Gemma
+    depth_down: list[int] = option([2, 2, 4], low=0, high=100)  # transformer blocks after each
+    depth_mid: int = option(4, low=0, high=100)   # residual block; 0 = no text here
+    depth_up: list[int] = option([4, 2, 0], low=0, high=100)
+    res_down: int = option(2, low=1, high=100)  # residual blocks of a down stage; up: one more
     self_attn: list[bool] = option([False, False, True])    # costs N^2: only where N is small
     skip_lowest: bool = False                   # the lowest up stage gets skips too, as in SDXL
     separable: bool = True                      # 3x3 conv -> depthwise 3x3, pointwise 1x1
-    expansion: int = option(2, low=0)           # hidden width / max(C_in, C_out); 0: C_out (SDXL)
-    ff_mult: int = option(3, low=1)             # hidden width of the feed-forward, in units of C
+    expansion: int = option(2, low=0, high=64)  # hidden width / max(C_in, C_out); 0: C_out (SDXL)
+    ff_mult: int = option(3, low=1, high=64)  # hidden width of the feed-forward, in units of C
     head_dim: int = option(64, low=2)
     kv_heads: int = option(1, low=0)            # 1 = multi-query attention; 0 = one a query head
     qk_norm: bool = True                        # RMSNorm on q and k
     rope: float = option(100.0, low=0)          # rotary base for axes of 8 to 32 cells; 0 = none
-    time_freqs: int = option(256, low=2)        # sinusoids of t
-    time_dim: int = option(1024, low=1)         # width of the time embedding
+    time_freqs: int = option(256, low=2, high=65536)        # sinusoids of t
+    time_dim: int = option(1024, low=1, high=65536)         # width of the time embedding
     act: str = option("silu", choices=("silu", "hardswish"))    # the latter is cheaper on phones
     groups: int = option(32, low=1)             # of GroupNorm
     checkpoint: bool = False                    # recompute activations: 30 % slower, less memory
@@ -393,6 +394,7 @@ def load_model(path, device="cpu", ema=True) -> tuple[TextToLatents, dict]:
     config.json. UserError names what is missing, damaged, or of another vocabulary."""
     folder = resolve(path)
     config, state = load_checkpoint(folder, ("model", "ema"))
+    check_tables(config, path)
     network = network_of(config, path)
     text_cfg = fill(TextConfig(pattern=FIRST_PATTERN), config["text"], str(path))
     file = folder / "captions.tiktoken"

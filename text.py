@@ -12,6 +12,7 @@ B batch | L tokens | D width | P pooled width. A denoiser reads the `Text` of an
 import base64
 import functools
 import gc
+import hashlib
 import random
 import re
 import sys
@@ -25,7 +26,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from checkpoint import check_file, load_checkpoint, resolve
+from checkpoint import HUB, check_file, load_checkpoint, resolve
 from common import ASSETS, UserError, attention, friendly, option
 
 VOCABULARY = ASSETS / "captions.tiktoken"
@@ -144,18 +145,18 @@ def train_bpe(captions: list[str], size: int) -> bytes:
 class TextConfig:
     """kind: `own` is the small encoder below, the others are frozen sets of published ones."""
     kind: str = option("own", choices=("own", "clip-l", "snapgen", "sd3"))
-    width: int = option(192, low=1)             # of clip-l 768, of snapgen 2304, of sd3 4096
-    layers: int = option(3, low=1)
-    heads: int = option(6, low=1)
-    max_tokens: int = option(64, low=2)
+    width: int = option(192, low=1, high=65536)  # of clip-l 768, of snapgen 2304, of sd3 4096
+    layers: int = option(3, low=1, high=200)
+    heads: int = option(6, low=1, high=1024)
+    max_tokens: int = option(64, low=2, high=8192)
     init: str = ""              # a taught encoder (train_text.py), from which a new run starts
-    vocabulary: int = option(0, low=0)          # tokens; 0: those of assets/captions.tiktoken
+    vocabulary: int = option(0, low=0, high=2**20)  # tokens; 0: those of assets/captions.tiktoken
     pattern: str = PATTERN
-    # For published ones: a directory or hub id in SD3's layout (text_encoder, tokenizer,
-    # text_encoder_2, ..; Gemma or T5 is number 3); empty: each from its own hub id.
+    # For published ones: a directory or hf:OWNER/NAME in SD3's layout (text_encoder, tokenizer,
+    # text_encoder_2, ..; Gemma or T5 is number 3); empty: each from its own place on the hub.
     folder: str = ""
     leave_out: list[str] = option([], choices=("clip_l", "clip_g", "gemma", "t5"))  # states of 0
-    tokens: int = option(256, low=1)            # of Gemma or T5; the CLIPs have 77
+    tokens: int = option(256, low=1, high=8192)            # of Gemma or T5; the CLIPs have 77
     dtype: str = option("auto", choices=("auto", "bfloat16", "float32"))    # auto: by the device
 
     def check(self):
@@ -258,16 +259,11 @@ class Encoders:
         """(tokenizer, model) of one encoder. UserError says in one line what to download."""
         import transformers
         transformers.utils.logging.set_verbosity_error()    # what is missing is said here
-        source, folder = SOURCES[name], self.cfg.folder
-        if self.cfg.kind == "sd3":      # SDXL's CLIP-L has no projection, and so no pooled state
-            source = source._replace(hub=SD35, license=GATED)
-        where = folder or source.hub
-        inside = f"text_encoder{source.number}" if folder else source.inside
-        words = inside.replace("text_encoder", "tokenizer")
-        if Path(where, inside).is_dir() and not Path(where, words).is_dir():
-            words = inside              # one directory for both, as Gemma comes
+        source, folder = source_of(self.cfg, name), self.cfg.folder
+        inside = f"{folder}/text_encoder{source.number}"
+        at = inside if folder else f"{source.hub}/{source.inside}"
         try:
-            place = where if Path(where).is_dir() else download_encoder(where, inside, words)
+            place, inside, words = find_encoder(self.cfg, name)
             network = getattr(transformers, source.network)
             how = {"subfolder": inside, "dtype": self.dtype, "use_safetensors": True,
                    "output_loading_info": True, "trust_remote_code": False}
@@ -284,7 +280,7 @@ class Encoders:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 place, subfolder=words, padding_side="right", trust_remote_code=False)
         except Exception as e:          # of the network, the hub, the files: many types
-            raise UserError(how_to_get(name, source, folder, f"{where}/{inside}", e)) from None
+            raise UserError(how_to_get(name, source, folder, at, e)) from None
         return tokenizer, model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
@@ -319,9 +315,50 @@ class Encoders:
         gc.collect()
         torch.cuda.empty_cache()        # nothing, without CUDA
 
-def download_encoder(hub: str, inside: str, words: str) -> str:
-    """Fetches weights (fp16 where there are, half the size) and tokenizer; -> their directory."""
+def source_of(cfg: TextConfig, name: str) -> HubSource:
+    if cfg.kind == "sd3":               # SDXL's CLIP-L has no projection, and so no pooled state
+        return SOURCES[name]._replace(hub=SD35, license=GATED)
+    return SOURCES[name]
+
+def find_encoder(cfg: TextConfig, name: str, download: bool = True) -> tuple[str, str, str]:
+    """(directory, the weights' folder in it, the tokenizer's) of an encoder; one of the hub's is
+    downloaded. Raises whatever the hub does where it is not there."""
+    source = source_of(cfg, name)
+    inside = f"text_encoder{source.number}" if cfg.folder else source.inside
+    words = inside.replace("text_encoder", "tokenizer")
+    place = cfg.folder or HUB + source.hub
+    if place.startswith(HUB):
+        place = download_encoder(place.removeprefix(HUB), inside, words, not download)
+    if not Path(place, inside).is_dir():        # transformers would take it for a hub id
+        raise FileNotFoundError(f"no directory {Path(place, inside)}")
+    if not Path(place, words).is_dir():
+        words = inside                          # one directory for both, as Gemma comes
+    return place, inside, words
+
+def encoders_fingerprint(cfg: TextConfig, download: bool = False) -> str | None:
+    """A name for the states that frozen encoders give: a hash of their tokenizers and configs, and
+    of parts of their weights. None where they are not here."""
+    sha = hashlib.sha256()
+    for name in [n for n in SETS[cfg.kind] if n not in cfg.leave_out]:
+        try:
+            place, inside, words = find_encoder(cfg, name, download)
+        except Exception:                       # of the network, the hub: many types
+            return None
+        files = {f for part in (inside, words) for f in Path(place, part).iterdir() if f.is_file()}
+        for file in sorted(files):
+            size = file.stat().st_size
+            sha.update(f"{file.name} {size}".encode())
+            with open(file, "rb") as f:
+                for k in range(64):
+                    f.seek(k * size // 64)
+                    sha.update(f.read(2**14))
+    return sha.hexdigest()[:16]
+
+def download_encoder(hub: str, inside: str, words: str, local: bool = False) -> str:
+    """Fetches weights (fp16 where there are, half the size) and tokenizer; -> their directory.
+    local: only looks for them on this machine."""
     from huggingface_hub import snapshot_download  # a dependency of transformers
+    snapshot_download = functools.partial(snapshot_download, local_files_only=local)
     top = f"{inside}/" if inside else ""
     small = [f"{words}/*" if words else "tokenizer*", f"{top}*.json"]
     place = snapshot_download(hub, allow_patterns=[*small, f"{top}model.fp16*.safetensors"])
@@ -335,7 +372,7 @@ def how_to_get(name: str, source: HubSource, folder: str, at: str, e: Exception)
     if source.inside:
         words = source.inside.replace("text_encoder", "tokenizer")
         command += f" --include '{source.inside}/*' '{words}/*'"
-    if folder:
+    if folder and not folder.startswith(HUB):
         inside = "" if source.inside else f"/text_encoder{source.number}"
         command += f" --local-dir {folder}{inside}"
     reason = f"{type(e).__name__}: {e}".split("\n")[0][:100]

@@ -18,6 +18,7 @@ import random
 import sys
 import warnings
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -29,7 +30,16 @@ from cache import autoencoder_fingerprint, make_cache, open_cache
 from checkpoint import Run, load_into
 from common import autocast, by_turns, friendly, option, read_config, setup, use_bfloat16
 from costs import matmul_speed, training_flops
-from data import Batch, Batches, DataConfig, latents_of, scenes_of, seeded, wordings
+from data import (
+    Batch,
+    Batches,
+    DataConfig,
+    FlowConfig,
+    latents_of,
+    scenes_of,
+    seeded,
+    wordings,
+)
 from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import TextToLatents, UNetConfig, count_params, load_model
@@ -37,12 +47,6 @@ from optim import EMA, Learner, Muon, rate
 from sample import generate, shift_time
 from scenes import CATEGORIES
 from text import TextConfig, load_taught, on_device
-
-@dataclass
-class FlowConfig:
-    mean: float = 0.0               # t = sigmoid(mean + std n), n normal: logit-normal
-    std: float = option(1.0, above=0)
-    shift: float = option(1.0, above=0)     # t' = s t / (1 + (s - 1) t); 3 at 1024 px
 
 @dataclass
 class TrainConfig:
@@ -56,8 +60,8 @@ class TrainConfig:
     ae: str = "assets/ae"
     init: str = ""                  # checkpoint whose weights a new run starts from
     steps: int = option(4000, low=1)
-    batch: int = option(64, low=1)          # of a process and micro-batch
-    accumulate: int = option(1, low=1)
+    batch: int = option(64, low=1, high=65536)          # of a process and micro-batch
+    accumulate: int = option(1, low=1, high=65536)
     lr: float = option(1e-3, above=0)
     muon_lr: float = option(0.0, low=0)     # the matrices' rate, by Muon; 0: AdamW for all
     text_rate: float = option(1.0, low=0)   # the text encoder's share of both rates
@@ -69,12 +73,12 @@ class TrainConfig:
     log_every: int = option(50, low=1)
     eval_every: int = option(500, low=1)    # validation, sample grid, checkpoint
     val_pictures: int = option(256, low=1, high=100000)
-    samples: int = option(24, low=1)        # pictures of a sample grid
-    sample_steps: int = option(20, low=1)
+    samples: int = option(24, low=1, high=1000)        # pictures of a sample grid
+    sample_steps: int = option(20, low=1, high=1000)
     guidance: float = option(4.0, low=0)    # of the sample grids
     compile: bool = False
     amp: str = option("auto", choices=("auto", "bfloat16", "float32"))
-    seed: int = option(0, low=0)
+    seed: int = option(0, low=0, high=2**64 - 1)
     device: str = "auto"
 
     @property
@@ -200,6 +204,9 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
               f"{cfg.data.size} px, {device}, step {run.step} of {cfg.steps}", flush=True)
     model = wrapped(cfg, objective, net, device, world)
     run.least = training_flops(cfg) / (matmul_speed(device, bfloat16) * world)
+    report = partial(report_progress, cfg, run, net, ema, ae, validation, prompts, bfloat16)
+    if run.lacks("val"):
+        report()
 
     for step in run.steps():
         opt.schedule(rate(cfg, step))
@@ -210,7 +217,7 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
         if run.due():
             run.save()
             if rank == 0 and not run.stop:
-                report_progress(cfg, run, net, ema, ae, validation, prompts, bfloat16)
+                report()
             run.restart_clock()
 
     final = {**net.state_dict(), **ema.state_dict()}

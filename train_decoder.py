@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -93,11 +94,11 @@ def load_lpips(path: str, device="cpu") -> LPIPS:
 class DecoderConfig:
     out: str = "runs/ae"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    encoder: str = ""           # SD3's, a directory or hub id: frozen, the decoder alone learns
+    encoder: str = ""           # SD3's, a directory or hf:..: frozen, the decoder alone learns
     folder: str = ""            # of pictures; empty: scenes
-    size: int = option(64, low=16)              # of most pictures; some are larger (batch_of)
+    size: int = option(64, low=16, high=4096)  # of most pictures; some are larger (batch_of)
     steps: int = option(6000, low=1)
-    pixels: int = option(65536, low=64)         # of a batch: 16 pictures of 64 px, 4 of 128 px
+    pixels: int = option(65536, low=64, high=2**28)  # of a batch: 16 pictures of 64 px, 4 of 128 px
     lr: float = option(1.5e-3, above=0)
     muon_lr: float = option(0.02, low=0)        # of matrices; 0: AdamW for all
     warmup: int = option(100, low=1)
@@ -114,7 +115,7 @@ class DecoderConfig:
     amp: str = option("auto", choices=("auto", "bfloat16", "float32"))
     log_every: int = option(50, low=1)
     eval_every: int = option(500, low=1)
-    seed: int = option(0, low=0)
+    seed: int = option(0, low=0, high=2**64 - 1)
     device: str = "auto"
 
     def check(self):
@@ -217,6 +218,9 @@ def train_decoder(cfg: DecoderConfig):
     run = Run(cfg, device, describe=about, model=learned, ema=ema, optimizer=opt, disc=disc,
               disc_optimizer=disc_learner.opt)
     amp = use_bfloat16(cfg.amp, device)
+    report = partial(report_decoder, cfg, run, ae, ema, held_out)
+    if run.lacks("psnr"):
+        report()
 
     for step in run.steps():
         opt.schedule(rate(cfg, step))
@@ -237,12 +241,7 @@ def train_decoder(cfg: DecoderConfig):
                 lr=cfg.lr * rate(cfg, step))
         if run.due():
             run.save()
-            with ema.swapped():
-                small, _ = reconstruct(ae, cfg.size, 16, held_out)
-                large, pairs = reconstruct(ae, 4 * cfg.size, 8, held_out)
-            recon_picture(pairs).save(run.out / "recon.png")
-            run.row(psnr=small, psnr_large=large)
-            print(f"step {run.step}: held-out PSNR {small:.2f}, large {large:.2f} dB", flush=True)
+            report()
             run.restart_clock()
     with ema.swapped(), torch.no_grad():
         if run.step == cfg.steps and not cfg.encoder:
@@ -253,6 +252,15 @@ def train_decoder(cfg: DecoderConfig):
         final = {k: v.clone() for k, v in ae.state_dict().items()}
     if run.finish(final, {"autoencoder": asdict(ae.cfg)}):
         print(f"{run.out}/final: shift {ae.cfg.shift}, scale {ae.cfg.scale}")
+
+def report_decoder(cfg: DecoderConfig, run: Run, ae, ema: EMA, held_out):
+    """PSNR of the averaged weights on held-out pictures, and a sheet of them."""
+    with ema.swapped():
+        small, _ = reconstruct(ae, cfg.size, 16, held_out)
+        large, pairs = reconstruct(ae, 4 * cfg.size, 8, held_out)
+    recon_picture(pairs).save(run.out / "recon.png")
+    run.row(psnr=small, psnr_large=large)
+    print(f"step {run.step}: held-out PSNR {small:.2f}, large {large:.2f} dB", flush=True)
 
 def measure_decoder(path, out="recon.png", table=None):
     for file in (out, table or out):        # folders are made now, not after the work

@@ -27,14 +27,14 @@ import torch.nn.functional as F
 
 from checkpoint import Run, load_into, read_description, resolve
 from common import UserError, attention, friendly, option, read_config, setup
-from data import DataConfig, scenes_of, seeded
+from data import DataConfig, FlowConfig, scenes_of, seeded
 from decoder import load_autoencoder, to_tensor
 from model import TextToLatents, TransformerBlock, UNet, load_model
 from optim import Learner, Muon, rate
 from pictures import Prepared, Unusable, caption_of, find_pictures
 from scenes import COLOURS, INVERSE, NOUNS, NUMBERS, PLACES, RELATIONS, Scene, Scenes
 from text import Text, TextConfig, TextEncoder, Tokens, Vocabulary, join_texts, load_vocabulary
-from train import FlowConfig, TrainConfig, draw_times, first_network
+from train import TrainConfig, draw_times, first_network
 from wording import names, training_caption, wide
 
 @dataclass
@@ -43,14 +43,14 @@ class TeachConfig:
     text: TextConfig = field(default_factory=TextConfig)
     nouns: int = option(0, low=0)           # the first so many, 0 = all
     steps: int = option(800, low=1)
-    batch: int = option(96, low=1)          # captions
+    batch: int = option(96, low=1, high=65536)          # captions
     lr: float = option(6e-3, above=0)
     muon_lr: float = option(0.01, low=0)    # at 0.03 colours and sides are not learned (LOG.md)
     warmup: int = option(50, low=1)
-    held_out: int = option(2000, low=1)     # captions
+    held_out: int = option(2000, low=1, high=10**6)     # captions
     log_every: int = option(50, low=1)
     eval_every: int = option(100, low=1)
-    seed: int = option(0, low=0)
+    seed: int = option(0, low=0, high=2**64 - 1)
     device: str = "auto"
 
     def check(self):
@@ -74,6 +74,13 @@ def learn(cfg: TeachConfig, vocabulary: Vocabulary, parts: dict[str, nn.Module],
     files = {"captions.tiktoken": vocabulary.data}
     run = Run(cfg, opt.count.device, files=files, **parts, optimizer=opt)
     values = {}
+
+    def report():
+        values.update(measure())
+        run.row(**values)
+        print(f"step {run.step}, held-out captions: {listed(values)}", flush=True)
+    if run.lacks("side", "unexplained_wide", "unexplained_captions"):
+        report()
     for step in run.steps():
         opt.schedule(rate(cfg, step))
         loss = loss_of(step)
@@ -82,9 +89,7 @@ def learn(cfg: TeachConfig, vocabulary: Vocabulary, parts: dict[str, nn.Module],
         run.log(learners=[learner], loss=loss, lr=cfg.lr * rate(cfg, step), grad=norm)
         if run.due():
             run.save()
-            values = measure()
-            run.row(**values)
-            print(f"step {run.step}, held-out captions: {listed(values)}", flush=True)
+            report()
     if run.step == cfg.steps and not values:        # it was finished before
         values = measure()
     return run, values
@@ -248,7 +253,7 @@ class MatchConfig(TeachConfig):
     eval_every: int = option(500, low=1)
     lr: float = option(4e-3, above=0)
     muon_lr: float = option(0.03, low=0)
-    bank: int = option(256, low=1)          # pictures on which queries are asked
+    bank: int = option(256, low=1, high=10**6)          # pictures on which queries are asked
 
 class Pairs:
     """pairs[k]: captions for the old encoder, captions for the new one; some are empty."""

@@ -114,7 +114,7 @@ def dreamlite_tensors(state: dict) -> dict:
     return out
 
 def load_dreamlite(source) -> DreamLite:
-    """From a directory or a hub id. UserError names what is missing, damaged, or another's."""
+    """From a directory, or hf:OWNER/NAME. UserError names what is missing or damaged."""
     folder = hub_folder(source, "unet")
     net = DreamLite(*dreamlite_config(read_description(folder)))
     return load_into(net, dreamlite_tensors(hub_tensors(folder)), str(folder)).eval()
