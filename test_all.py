@@ -13,6 +13,7 @@ Contents
     common.py, checkpoint.py, optim.py               configs, saving, the optimiser
     train.py, distill.py, adv_distill.py, sample.py  the stages: resuming, losses, samplers
     export_coreml.py, coreml/                        the bundle, its gates, its check
+    web/                                             the site: its files, its page in a browser
     lab/                                             benchmarks, grids, plans, tables
     commands                                         README's commands; bad input; who imports whom
     gpu                                              the stages on CUDA
@@ -20,6 +21,8 @@ Contents
 import ast
 import contextlib
 import copy
+import functools
+import http.server
 import io
 import json
 import multiprocessing
@@ -33,7 +36,9 @@ import signal
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+import zlib
 from collections import Counter
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -2127,6 +2132,229 @@ def test_estimate_counts_flops(conv_package):
     from coreml.check import estimate, op_flops
     assert [op_flops(op) for _, op in estimate(conv_package)] == [2 * 16 * 16 * 8 * 32]
 
+# ---------------------------------------------------------------------------- web/
+def by_node(files, expression, given=None):
+    """The value of a JavaScript expression of `given`, with web/'s files before it."""
+    node = shutil.which("node")
+    if not node:
+        pytest.skip("there is no node")
+    code = [(ROOT / "web" / f).read_text(encoding="utf-8") for f in files]
+    code += ["const given = JSON.parse((await import('fs')).readFileSync(0, 'utf8'));",
+             f"console.log(JSON.stringify({expression}));"]
+    words = [node, "--input-type=module", "--eval", "\n".join(code)]
+    done = subprocess.run(words, input=json.dumps(given), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+ODD = ["", "  ", "A Dog.", " two\n\tcats'", "\u00dcn\u00efc\u00f6de \u03a3\u03b1\u03a3 \u0130",
+       "\u65e5\u672c \U0001f642\u00a0x\x1c", "a\ufeffb \x85c \u0663 3cats", "x" * 90]
+
+@pytest.mark.parametrize("n", [200, pytest.param(15000, marks=pytest.mark.slow)])
+def test_javascript_reads_captions_as_we_do(n):
+    from web.export import js_pattern
+    vocabulary, source = text.load_vocabulary(), scenes.Scenes(64)
+    captions = [*ODD]
+    for i in range(n):
+        scene, rng = source.scene(i), random.Random(i)
+        captions += [scenes.Scenes.caption(scene, rng), wording.wide(scene, rng)]
+    given = {"data": vocabulary.data.decode(), "captions": captions}
+    for pattern in (text.PATTERN, text.FIRST_PATTERN):
+        vocabulary, given["pattern"] = text.load_vocabulary(pattern=pattern), js_pattern(pattern)
+        make = "const v = new Vocabulary(given.data, given.pattern);"
+        expression = f"(() => {{ {make} return given.captions.map((c) => v.ids(c)); }})()"
+        found = by_node(["tokens.js"], expression, given)
+        assert found == [vocabulary.ids_of(c) for c in captions]
+
+@pytest.mark.parametrize("n, seed", [(16384, 0), (16384, 2**32 - 1), (16, 2**40 + 3), (27, 5)])
+def test_javascript_draws_torchs_noise(n, seed):
+    found = by_node(["noise.js"], "Array.from(randn(given.n, given.seed))", {"n": n, "seed": seed})
+    ours = sample.latents_noise([seed], (n,), "cpu")[0]
+    assert (torch.tensor(found) - ours).abs().max() < 1e-5
+
+def test_javascript_sums_files_as_zlib_does():
+    found = by_node(["files.js"], "crc32(new TextEncoder().encode(given))", "a red car")
+    assert found == zlib.crc32(b"a red car")
+
+@pytest.fixture(scope="session")
+def onnx_folder(tmp_path_factory):
+    """A tiny few-step network of random weights: (net, autoencoder, folder of its ONNX files)."""
+    pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnxscript")
+    from web.export import export_parts
+    words, unet = text.TextConfig(width=32, layers=1, heads=2), {**TINY, **SHALLOW}
+    net, ae = model.TextToLatents(model.UNetConfig(**unet), words), tiny_autoencoder()
+    folder = tmp_path_factory.mktemp("onnx")
+    rows, failed = export_parts(shaken(net), shaken(ae), folder, 32, {"steps": [1.0, 0.5, 0.0]})
+    assert not failed and min(row["parity"] for row in rows.values()) > 60
+    return net, ae, folder
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_onnx_files_draw_pytorchs_pictures(onnx_folder):
+    import onnx
+
+    from web.export import OnnxFiles, drawn_alike
+    net, ae, folder = onnx_folder
+    assert drawn_alike(net, ae, folder, 32, {"steps": 3, "cfg": 1.0, "sampler": "euler"}) > 40
+    files, captions = OnnxFiles(net, folder), ["a dog", "three red cars left of a blue house"]
+    padded = net.encode(captions)                           # the first has padding, files have none
+    x, t = torch.randn(2, 16, 4, 4), torch.full((2,), 0.7)
+    wanted = net.denoiser(x, t, padded.emb, padded.mask)
+    found = [files(x[i:i + 1], t[:1], *files.encode([c])[:2]) for i, c in enumerate(captions)]
+    assert (torch.cat(found) - wanted).abs().max() < 0.01 * wanted.abs().max()
+    graph = onnx.load(folder / "unet.onnx").graph
+    large = [w for w in graph.initializer if np.prod(w.dims) > 64]
+    assert Counter(w.data_type for w in large)[onnx.TensorProto.FLOAT16] > 0.9 * len(large)
+
+@pytest.mark.slow
+def test_wrong_onnx_file_is_refused(onnx_folder, tmp_path, monkeypatch):
+    import web.export
+    net, ae, _ = onnx_folder
+    convert = web.export.to_onnx
+
+    def swapped(part, max_tokens):
+        part = replace(part, module=copy.deepcopy(part.module))
+        w = part.module.decoder[0][1].weight
+        w.data[:2] = w.data[[1, 0]]                         # two output channels
+        return convert(part, max_tokens)
+    parts = web.export.web_parts
+    monkeypatch.setattr(web.export, "to_onnx", swapped)
+    monkeypatch.setattr(web.export, "web_parts", lambda *args: parts(*args)[2:])
+    _, failed = web.export.export_parts(net, ae, tmp_path, 32, {"steps": [1.0, 0.0]})
+    assert len(failed) == 1 and "decoder.onnx" in failed[0] and "< 40" in failed[0]
+
+@pytest.mark.parametrize("words, said", [
+    ("--ckpt assets/scenes", ["assets/scenes", "few-step"]),
+    ("--out assets", ["assets", "no site of ours"]),
+    ("--ort LICENSE --out {tmp}/site", ["LICENSE is no archive", "npm pack onnxruntime-web@"]),
+])
+def test_web_export_refuses_in_one_line(words, said, tmp_path):
+    fails_in_one_line(command("web.export", *words.format(tmp=tmp_path).split()), *said)
+    assert not (tmp_path / "site").exists()
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory):
+    """The shipped weights' site, in a folder of a host."""
+    pytest.importorskip("onnxruntime", reason="pip install onnxruntime")
+    pytest.importorskip("onnxscript", reason="pip install onnxscript")
+    from web.export import npm_pack
+    folder = tmp_path_factory.mktemp("host")
+    try:
+        archive = npm_pack(tmp_path_factory.mktemp("npm"))
+    except UserError as e:
+        pytest.skip(str(e))
+    said = succeeds("web.export", "--ort", archive, "--out", folder / "site")
+    assert all(float(mb) < 40 for mb in re.findall(r"download by \w+: ([\d.]+) MB", said))
+    return folder / "site"
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+@contextlib.contextmanager
+def served(site):
+    """The address of a folder's site on a plain static host."""
+    handler = functools.partial(QuietHandler, directory=site.parent)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/{site.name}/"
+        server.shutdown()
+
+@contextlib.contextmanager
+def chromium(**how):
+    """A page in headless Chromium."""
+    api = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    names = "chromium", "chromium-browser", "google-chrome"
+    found = next(filter(None, map(shutil.which, names)), None)
+    if not found:
+        pytest.skip("there is no Chromium")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        page = browser.new_context(**how).new_page()
+        page.set_default_timeout(120_000)
+        yield page
+        browser.close()
+
+def typed(page, prompt, steps=4):
+    """Types a prompt into the page as a person would, and presses Enter."""
+    page.wait_for_selector("#examples button")
+    page.locator(f"#steps label:has-text('{steps}')").click()
+    page.locator("#prompt").press_sequentially(prompt)
+    page.keyboard.press("Enter")
+
+def error_line(page):
+    page.wait_for_selector("#error:not([hidden])")
+    return page.inner_text("#error")
+
+def canvas_picture(page):
+    page.wait_for_selector("canvas[data-done]")
+    page.wait_for_function("!document.querySelector('[aria-disabled]')")
+    read = "c => Array.from(c.getContext('2d').getImageData(0, 0, c.width, c.height).data)"
+    pixels = page.eval_on_selector("canvas", read)
+    side = round(np.sqrt(len(pixels) / 4))
+    return torch.tensor(pixels).view(side, side, 4)[:, :, :3]
+
+@pytest.mark.slow
+def test_browser_draws_pytorchs_picture_and_keeps_it(site):
+    from web.export import decibels
+    prompt = "a purple teapot under a yellow robot"
+    net, config = model.load_model("assets/fast")
+    ae, how = decoder.load_autoencoder(), sample.sampling(config)
+    wanted = torch.tensor(sample.generate(net, ae, [prompt], [7], 256, **how)[0])
+    with served(site) as address, chromium() as page:
+        page.goto(address)
+        page.wait_for_selector("#examples button")
+        page.fill("#seed", "7")
+        typed(page, prompt)
+        assert decibels(canvas_picture(page), wanted) > 30
+        assert "threads" in page.inner_text("#status") or os.cpu_count() == 1
+        page.context.set_offline(True)                      # all is kept, the link says the rest
+        page.reload()
+        assert decibels(canvas_picture(page), wanted) > 30
+        assert page.input_value("#prompt") == prompt and page.input_value("#seed") == "7"
+
+@pytest.mark.slow
+def test_two_clicks_draw_once_and_one_thread_will_do(site):
+    count = """const post = Worker.prototype.postMessage; self.asked = 0;
+        Worker.prototype.postMessage = function (message) {
+            self.asked += Boolean(message.seeds); return post.call(this, message); }"""
+    with served(site) as address, chromium(service_workers="block") as page:
+        page.add_init_script(count)
+        page.goto(address)
+        typed(page, "a red car", steps=1)
+        page.dblclick("#draw")
+        first = canvas_picture(page)
+        assert page.evaluate("asked") == 1 and "one thread" in page.inner_text("#status")
+        page.click("#dice")                                 # another seed: it draws again
+        page.wait_for_function("asked === 2")
+        assert not torch.equal(canvas_picture(page), first)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken, words", [
+    ("long", ["tokens", "reads 64", "shorten"]), ("unet.onnx", ["unet.onnx", "damaged"]),
+    ("decoder.onnx", ["decoder.onnx", "100 bytes"]),
+    ("manifest.json", ["manifest.json", "missing"]), ("text.onnx", ["text.onnx", "missing", "404"]),
+    ("file", ["python -m http.server"]),
+    ("WebAssembly", ["no WebAssembly"])])
+def test_page_says_in_one_line_what_is_wrong(site, tmp_path, broken, words):
+    copied = shutil.copytree(site, tmp_path / "site")
+    if broken == "unet.onnx":
+        data = bytearray((copied / broken).read_bytes())
+        data[len(data) // 2] ^= 1
+        (copied / broken).write_bytes(data)
+    elif broken == "decoder.onnx":
+        os.truncate(copied / broken, 100)
+    elif (copied / broken).exists():
+        (copied / broken).unlink()
+    with served(copied) as address, chromium() as page:
+        if broken == "WebAssembly":
+            page.add_init_script("delete globalThis.WebAssembly")
+        page.goto((copied / "index.html").as_uri() if broken == "file" else address)
+        if broken not in ("file", "WebAssembly", "manifest.json"):
+            typed(page, "dog cat " * 40 if broken == "long" else "a dog")
+        said = error_line(page)
+    assert all(word in said for word in words) and len(said) < 200, said
+
 # ---------------------------------------------------------------------------- lab/
 @pytest.mark.slow
 @pytest.mark.parametrize("part, name, millions, teraflops", [
@@ -2434,7 +2662,7 @@ def test_the_first_commands_of_the_readme_draw(tmp_path):
     assert "4 pictures of 256x256" in said and "(dpmpp, guidance 4, 2 steps at" in said
 
 # ---------------------------------------------------------------------------- the house
-SOURCES = {str(p.relative_to(ROOT)): p.read_text() for folder in ("", "coreml/", "lab/")
+SOURCES = {str(p.relative_to(ROOT)): p.read_text() for folder in ("", "coreml/", "web/", "lab/")
            for p in sorted(ROOT.glob(folder + "*.py"))}
 
 def test_the_commands_of_the_readme_exist():
