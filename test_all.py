@@ -2276,11 +2276,10 @@ def chromium(**how):
         browser.close()
 
 def typed(page, prompt, steps=4):
-    """Types a prompt into the page as a person would, and presses Enter."""
+    """Types a prompt into the page as a person would; what then draws is Enter."""
     page.wait_for_selector("#examples button")
     page.locator(f"#steps label:has-text('{steps}')").click()
     page.locator("#prompt").press_sequentially(prompt)
-    page.keyboard.press("Enter")
 
 def error_line(page):
     page.wait_for_selector("#error:not([hidden])")
@@ -2306,6 +2305,7 @@ def test_browser_draws_pytorchs_picture_and_keeps_it(site):
         page.wait_for_selector("#examples button")
         page.fill("#seed", "7")
         typed(page, prompt)
+        page.keyboard.press("Enter")
         assert decibels(canvas_picture(page), wanted) > 30
         assert "threads" in page.inner_text("#status") or os.cpu_count() == 1
         page.context.set_offline(True)                      # all is kept, the link says the rest
@@ -2323,6 +2323,7 @@ def test_two_clicks_draw_once_and_one_thread_will_do(site):
         page.goto(address)
         typed(page, "a red car", steps=1)
         page.dblclick("#draw")
+        page.press("#prompt", "Enter")
         first = canvas_picture(page)
         assert page.evaluate("asked") == 1 and "one thread" in page.inner_text("#status")
         page.click("#dice")                                 # another seed: it draws again
@@ -2352,6 +2353,7 @@ def test_page_says_in_one_line_what_is_wrong(site, tmp_path, broken, words):
         page.goto((copied / "index.html").as_uri() if broken == "file" else address)
         if broken not in ("file", "WebAssembly", "manifest.json"):
             typed(page, "dog cat " * 40 if broken == "long" else "a dog")
+            page.keyboard.press("Enter")
         said = error_line(page)
     assert all(word in said for word in words) and len(said) < 200, said
 

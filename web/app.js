@@ -187,16 +187,18 @@ const heard = {
 
 // ------------------------------------------------------------------------------ the start
 // Registers the service worker. Its headers come with the next load of the page, so once it loads
-// again by itself; then threads work and the page opens offline.
+// again by itself; then threads work and the page opens offline. Without it, after 3 s, it goes on.
 async function isolate() {
   if (crossOriginIsolated) sessionStorage.removeItem("reloaded");
+  let active = null;
   try {
     await navigator.serviceWorker.register("service.js");
-    await navigator.serviceWorker.ready;
+    const late = new Promise((done) => setTimeout(done, 3000));
+    active = await Promise.race([navigator.serviceWorker.ready, late]);
   } catch {
     return;                 // plain http on another host than localhost, or forbidden
   }
-  if (crossOriginIsolated || sessionStorage.getItem("reloaded")) return;
+  if (!active || crossOriginIsolated || sessionStorage.getItem("reloaded")) return;
   sessionStorage.setItem("reloaded", "yes");
   location.reload();
   await new Promise(() => {});
