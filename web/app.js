@@ -122,13 +122,14 @@ function submit() {
   makeFigures(task.count, seed, prompt);
   writeAddress(task);
   by("pictures").scrollIntoView({block: "nearest", behavior: "smooth"});
+  busy = true;
+  by("draw").setAttribute("aria-disabled", "true");
+  if (matchMedia("(pointer: coarse)").matches) by("prompt").blur();     // the keyboard goes
   send({prompt, steps: task.steps, seeds: figures.map((figure) => figure.seed)});
 }
 
 function send(message) {
-  busy = true;
   complain("");
-  by("draw").setAttribute("aria-disabled", "true");
   say("Starting");
   worker ??= startWorker();
   worker.postMessage({manifest, options, ...message});
@@ -160,8 +161,9 @@ const heard = {
     say("Starting the network");
   },
   ready({device, threads, fallback}) {
-    const many = threads > 1 ? `${threads} threads` : "one thread, which is slow";
-    const on = device === "webgpu" ? "WebGPU" : `the processor, ${many}`;
+    const why = isSecureContext ? "" : ": threads want https";
+    const many = threads > 1 ? `${threads} threads` : `one thread, which is slow${why}`;
+    const on = device === "webgpu" ? "the graphics chip (WebGPU)" : `the processor, ${many}`;
     drawnOn = `${on}${fallback && `; ${fallback}`}`;
   },
   preview({index, step, steps, pixels}) {
@@ -176,10 +178,12 @@ const heard = {
     caption.textContent = `seed ${seed} · ${seconds.toFixed(2)} s`;
     save.hidden = false;
   },
-  end() {
-    rest(task ? `Drawn on ${drawnOn}` : `Ready to draw on ${drawnOn}`);
+  end({drew}) {
+    if (drew) rest(`Drawn on ${drawnOn}`);
+    else if (!busy) rest(`Ready to draw on ${drawnOn}`);
   },
-  error({text}) {
+  error({text, drew = true}) {
+    if (!drew && busy) return;          // the picture that waits will tell the same
     complain(text);
     rest("Nothing was drawn");
   },
@@ -230,7 +234,7 @@ function showManifest() {
   by("known").hidden = !things;
   by("known").querySelector("p").textContent = `${manifest.known.join(", ")}. In red, orange, ` +
     "yellow, green, blue, purple, pink, brown, black or white; one to four of a kind; left of, " +
-    "right of, above or under another; on a colour, at the beach, in the snow, at night, ..";
+    "right of, above or under another; on a colour, at the beach, in the snow, at night and more.";
 }
 
 function listen() {

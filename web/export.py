@@ -53,7 +53,7 @@ PAGE = ("index.html", "style.css", "app.js", "worker.js", "files.js", "tokens.js
         "pixels.js", "service.js")
 EXAMPLES = [
     "a purple teapot under a yellow robot", "three red cars", "a fox in the snow",
-    "two penguins left of a house", "an octopus under water", "a green dinosaur at the beach",
+    "an octopus under water", "a cake at night", "two penguins left of a house",
     "hey, could you draw a frog? make it blue",
 ]
 

@@ -1,5 +1,5 @@
-// The files that the manifest names: downloaded once, checked, kept in the browser's cache. An entry
-// is {file, bytes, crc32}.
+// The files that the manifest names: downloaded once, checked, kept in the browser's cache.
+// An entry is {file, bytes, crc32}.
 
 // A failure whose message tells the reader in one line what is wrong, and how to mend it.
 export class Problem extends Error {}

@@ -26,9 +26,9 @@ function mersenneTwister(seed) {
   };
 }
 
-// n normal numbers, n at least 16. As PyTorch does: n uniform numbers of 24 bits, then Box-Muller on
-// blocks of 16, whose first eight are radii and last eight angles. The last block, where 16 does not
-// divide n, is drawn anew.
+// n normal numbers, n at least 16. As PyTorch does: n uniform numbers of 24 bits, then Box-Muller
+// on blocks of 16, whose first eight are radii and last eight angles. The last block, where 16 does
+// not divide n, is drawn anew.
 export function randn(n, seed) {
   const draw = mersenneTwister(seed);
   const uniform = () => (draw() & 0xffffff) / 2 ** 24;

@@ -13,15 +13,16 @@ self.addEventListener("fetch", (event) => {
 });
 
 async function answer(request) {
-  const cache = await caches.open(CACHE);
+  const cache = await caches.open(CACHE).catch(() => null);
   let response;
   try {
     response = await fetch(request, {cache: "no-cache"});       // newer pages are seen at once
-    if (response.ok) await cache.put(request, response.clone());
   } catch (error) {
-    response = await cache.match(request, {ignoreSearch: true});
+    response = await cache?.match(request, {ignoreSearch: true});
     if (!response) throw error;
+    return isolated(response);
   }
+  if (response.ok) await cache?.put(request, response.clone()).catch(() => {});     // no room
   return isolated(response);
 }
 

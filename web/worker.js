@@ -13,7 +13,7 @@ let ready = false;
 let queue = Promise.resolve();
 
 // kind: download {done, total}, start, ready {device, threads, fallback}, preview {index, step,
-// steps, pixels}, picture {index, seconds, pixels}, end, error {text}
+// steps, pixels}, picture {index, seconds, pixels}, end {drew}, error {text, drew}
 function tell(kind, more = {}, moved = []) {
   self.postMessage({kind, ...more}, moved);
 }
@@ -23,16 +23,18 @@ self.onmessage = ({data}) => {
 };
 
 async function obey(task) {
+  const drew = Boolean(task.seeds);
   try {
     loading ??= start(task.manifest, task.options);
     const model = await loading;
-    if (task.seeds) await draw(model, task);
-    tell("end");
+    if (drew) await draw(model, task);
+    tell("end", {drew});
   } catch (error) {
     const ours = error instanceof Problem;
     if (!ours || !ready) loading = null;        // the next click starts anew
     if (!ours) console.error(error);
-    tell("error", {text: ours ? error.message : `${FAILED} (${error.message || error})`});
+    const text = ours ? error.message : `${FAILED} (${error.message || error})`;
+    tell("error", {text, drew});
   }
 }
 
@@ -108,8 +110,8 @@ function latents({ort, manifest}, x) {
   return new ort.Tensor("float32", x, [1, manifest.channels, manifest.size / 8, manifest.size / 8]);
 }
 
-// sample.py's euler(): x_t = (1 - t) x0 + t eps, and the network gives v = eps - x0. told() hears of
-// each step's guess at x0.
+// sample.py's euler(): x_t = (1 - t) x0 + t eps, and the network gives v = eps - x0. told() hears
+// of each step's guess at x0.
 async function euler(model, states, seed, times, told) {
   const {ort, sessions, manifest} = model;
   let x = randn(manifest.channels * (manifest.size / 8) ** 2, seed);
