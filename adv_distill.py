@@ -38,7 +38,7 @@ from adversaries import (
     rolled,
     teachers_latents,
 )
-from cache import make_cache
+from cache import ensure_cache, make_cache
 from checkpoint import Run
 from common import (
     UserError,
@@ -338,6 +338,8 @@ def distil(cfg: AdvConfig):
     cfg.shift = cfg.shift or cfg.flow.shift
     net.requires_grad_(True).train()
     torch.manual_seed(cfg.seed)
+    if cfg.data.folder:
+        ensure_cache(cfg)
     game = Game(cfg, net, device, use_bfloat16(cfg.amp, device))
     ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary, game.teacher.states)
     if cfg.real == "teacher":

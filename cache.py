@@ -14,32 +14,39 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import random
 import shutil
+import statistics
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from checkpoint import write_whole
-from common import UserError, setup
+from checkpoint import resolve, write_whole
+from common import UserError, autocast, setup, use_bfloat16
 from data import Batch, autoencoder_fingerprint, seeded, whose_turn
-from decoder import encode_pictures, load_autoencoder
+from decoder import encode_pictures, load_autoencoder, to_tensor
 from pictures import Prepared, find_pictures, listing_key
 from text import (
+    VOCABULARY,
     Text,
+    Vocabulary,
     drop_encoders,
     encoders_fingerprint,
     join_texts,
     load_encoders,
-    load_vocabulary,
     on_device,
+    train_bpe,
 )
 
+WORDS = 4096                # tokens of a folder's own vocabulary, at most
 PIXELS = 2**21              # encoded at a time: two pictures of 1024 px, 512 of 64 px
 CAPTIONS = 32               # of the text encoders, at a time
 
@@ -70,6 +77,16 @@ def read_state(root: Path, settings: dict) -> dict | None:
     return state
 
 # ---------------------------------------------------------------------------- writing
+def ensure_cache(cfg):
+    """Makes the cache where it is not whole. One that is is not compared with the folder again."""
+    root = Path(cfg.data.cache)
+    state, words = read_state(root, {}), root / VOCABULARY.name
+    lacks = [not state or not state["done"] or cfg.text.kind == "own" and not words.is_file()]
+    if dist.is_initialized():
+        dist.broadcast_object_list(lacks, 0)    # all make it together, or none
+    if lacks[0]:
+        make_cache(cfg)
+
 def make_cache(cfg, teacher_text=None):
     """Writes what is missing of cfg.data.cache. Rank k % world makes shard k, as any other would.
     teacher_text: the TextConfig of an SD3 teacher, whose states are added."""
@@ -108,6 +125,8 @@ def make_cache(cfg, teacher_text=None):
     encode = load_encoders(cfg.text, device) if lacks_empty or (frozen and mine) else None
     if lacks_empty:
         write_tensors(empty, text_tensors(encode, [""]), {"states": "of the empty caption"})
+    if rank == 0 and len(lacking) == shards:
+        judge_autoencoder(cfg, ae, items, device)
     if mine:
         write_shards(cfg, items, mine, ae, encode, device, rank > 0)
     if encode:
@@ -119,6 +138,39 @@ def make_cache(cfg, teacher_text=None):
     mapped.cache_clear()
     if rank == 0:
         finish(cfg, state)
+
+FINE = 27       # dB; under it faces and letters are lost, whatever the network learns
+TAUGHT = 1000   # steps that are advised, of STEP pixels each
+STEP = 2**16
+
+@torch.inference_mode()
+def judge_autoencoder(cfg, ae, items, device, n: int = 64):
+    """Prints how well the autoencoder keeps n pictures of the folder, and what to do about it."""
+    groups, values, seconds = defaultdict(list), [], []
+    prepared = Prepared(items[::max(1, len(items) // n)][:n], cfg.data)
+    for i in range(len(prepared)):
+        picture, _ = prepared[i]
+        if picture is not None:
+            groups[tuple(picture.shape)].append(picture)
+    for (H, W, _), pictures in groups.items():
+        for some in torch.as_tensor(np.stack(pictures)).split(max(1, STEP // (H * W))):
+            begin = time.time()
+            latents = encode_pictures(ae, some, device).float().to(device)  # (B, C, h, w)
+            with autocast(device, use_bfloat16("auto", device)):
+                y = ae.decode(latents).float().cpu().clamp(-1, 1)           # (B, 3, H, W)
+            error = (y - to_tensor(some)).square().mean((1, 2, 3)) / 4      # (B,)
+            values += (-10 * error.clamp(min=1e-9).log10()).tolist()
+            seconds.append((time.time() - begin) * STEP / (len(some) * H * W))
+    if not values:
+        return
+    psnr, verdict = sum(values) / len(values), "fine"
+    if psnr < FINE:
+        minutes = 3 * TAUGHT * statistics.median(seconds) / 60      # forwards and backwards
+        verdict = (f"poor, and what it loses no network brings back. First run `python "
+                   f"train_decoder.py folder={cfg.data.folder} init={cfg.ae} steps={TAUGHT} "
+                   f"out=runs/my_ae`, about {math.ceil(minutes)} minutes, then add "
+                   "ae=runs/my_ae/final")
+    print(f"{cfg.ae} keeps {len(values)} of these pictures at {psnr:.1f} dB: {verdict}", flush=True)
 
 def write_state(root: Path, state: dict):
     write_whole(root / "cache.json", lambda p: p.write_text(json.dumps(state, indent=1)))
@@ -237,10 +289,23 @@ def finish(cfg, state: dict):
     print(f"{root}: {len(captions)} pictures, {listed}")
     print("buckets, height x width: " + ", ".join(f"{key} {n}" for key, n in sorted(sizes.items())))
     if cfg.text.kind == "own":
-        ids_of, most = load_vocabulary(pattern=cfg.text.pattern).ids_of, cfg.text.max_tokens
-        long = sum(len(ids_of(caption)) > most for caption in captions)
-        if long:
-            print(f"{long} captions are over text.max_tokens={most}: their ends are not read")
+        learned = train_bpe(captions, WORDS)
+        write_whole(root / VOCABULARY.name, lambda p: p.write_bytes(learned))
+        ids_of, most = folder_vocabulary(cfg).ids_of, cfg.text.max_tokens
+        lengths = [len(ids_of(caption)) for caption in captions]
+        words = sum(len(caption.split()) for caption in captions)
+        long = sum(n > most for n in lengths)
+        print(f"its own vocabulary: {sum(lengths) / words:.2f} tokens a word" + (
+            f"; {long} captions are over text.max_tokens={most}: their ends are not read"
+            if long else ""))
+
+def folder_vocabulary(cfg) -> Vocabulary:
+    """That of the run, where it has begun; else the one that was learned from the captions."""
+    file = Path(cfg.data.cache) / VOCABULARY.name
+    with contextlib.suppress(UserError):
+        begun = resolve(cfg.out) / VOCABULARY.name
+        file = begun if begun.is_file() else file
+    return Vocabulary(file.read_bytes(), cfg.text.pattern, file)
 
 # ---------------------------------------------------------------------------- reading
 @functools.lru_cache(256)

@@ -846,6 +846,24 @@ def test_what_cannot_be_used_is_counted_and_named(pipeline, own, capsys):
     spoilt = random.Random(0).sample(range(40), 10)         # by the export
     assert names == [f"{i:05d}.jpg" for i in sorted(spoilt)]
 
+def test_train_readies_a_folder_and_learns_its_words(pipeline, tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(16):
+        Image.new("RGB", (64, 64), (15 * i, 90, 200)).save(tmp_path / f"p/{i}.png")
+        (tmp_path / f"p/{i}.txt").write_text(f"Zyzzyva {'on a' if i % 2 else 'under the'} quokka")
+    words = [*pipeline.command("train"), f"data.folder={tmp_path / 'p'}", "data.bucket_step=16",
+             f"data.cache={tmp_path / 'cache'}", "batch=4", f"out={tmp_path / 'run'}"]
+    said = succeeds(*words, "steps=2")
+    assert "of these pictures at" in said and "tokens a word" in said and "done:" in said
+    net, _ = model.load_model(tmp_path / "run")
+    assert len(net.vocabulary.ids_of("zyzzyva on a quokka")) == 5           # words and <end>
+    assert len(text.load_vocabulary().ids_of("zyzzyva on a quokka")) > 8
+    shutil.rmtree(tmp_path / "cache")                       # other captions, of the same length
+    for file in (tmp_path / "p").glob("*.txt"):
+        file.write_text(file.read_text().replace("quokka", "axolotl"))
+    assert "done:" in succeeds(*words, "steps=4")           # a run keeps its first vocabulary
+    assert model.load_model(tmp_path / "run")[0].vocabulary.data == net.vocabulary.data
+
 def test_a_step_has_one_bucket_and_an_epoch_every_picture(pipeline, own):
     cfg = own_config(pipeline, *own, "batch=2", "accumulate=2", "drop_caption=0.3")
     (every, held), ae = opened(cfg), decoder.load_autoencoder(cfg.ae)

@@ -2,7 +2,8 @@
 
     python train.py [--config configs/nano.toml] [key=value ...]       `nano`: a laptop, minutes
     torchrun --nproc_per_node 8 train.py --config configs/base.toml
-    python train.py --cache --config configs/folder.toml data.folder=DIR    your own pictures
+    python train.py --config configs/folder.toml data.folder=DIR    your own pictures
+    python train.py --cache --config configs/folder.toml data.folder=DIR    ready them, no more
 
 Run it again to resume. In the run's directory: log.csv, loss.png, samples_*.png, samples.gif,
 checkpoint/, and at the end final/, the averaged weights in fp16, to ship.
@@ -26,7 +27,13 @@ import torch.nn as nn
 from PIL import Image
 
 import plots
-from cache import autoencoder_fingerprint, make_cache, open_cache
+from cache import (
+    autoencoder_fingerprint,
+    ensure_cache,
+    folder_vocabulary,
+    make_cache,
+    open_cache,
+)
 from checkpoint import Run, load_into
 from common import autocast, by_turns, friendly, option, read_config, setup, use_bfloat16
 from costs import matmul_speed, training_flops
@@ -178,6 +185,8 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     device, rank, world = setup(cfg.device)
     bfloat16 = use_bfloat16(cfg.amp, device)
     torch.manual_seed(cfg.seed)
+    if cfg.data.folder:
+        ensure_cache(cfg)
     net = first_network(cfg).to(device)
     objective = make_objective(net).to(device)
     text = net.text.parameters() if net.text else ()
@@ -233,7 +242,8 @@ def first_network(cfg: TrainConfig) -> TextToLatents:
         net = TextToLatents(cfg.network, cfg.text, start.vocabulary)
         return load_into(net, start.state_dict(), cfg.init)
     if not cfg.text.init:
-        return TextToLatents(cfg.network, cfg.text)
+        own = cfg.data.folder and cfg.text.kind == "own"
+        return TextToLatents(cfg.network, cfg.text, folder_vocabulary(cfg) if own else None)
     vocabulary, state = load_taught(cfg.text.init)
     net = TextToLatents(cfg.network, cfg.text, vocabulary)
     load_into(net.text, {k: v.float() for k, v in state.items()}, f"text.init={cfg.text.init}")

@@ -95,6 +95,7 @@ class DecoderConfig:
     out: str = "runs/ae"
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     encoder: str = ""           # SD3's, a directory or hf:..: frozen, the decoder alone learns
+    init: str = ""              # an autoencoder of ours, whose weights a new run starts from
     folder: str = ""            # of pictures; empty: scenes
     size: int = option(64, low=16, high=4096)  # of most pictures; some are larger (batch_of)
     steps: int = option(6000, low=1)
@@ -121,6 +122,8 @@ class DecoderConfig:
     def check(self):
         if self.size % 8:
             raise UserError(f"size={self.size} must be a multiple of 8 pixels")
+        if self.init and self.encoder:
+            raise UserError("init= starts from our own autoencoder, encoder= from SD3's: give one")
 
 def pictures_of(folder="", split="train"):
     """picture(i, size) -> uint8 (size, size, 3), of scenes, or of a folder (1 in 20 held out)."""
@@ -179,6 +182,10 @@ def make_autoencoder(cfg: DecoderConfig, device) -> Autoencoder:
     if frozen:
         tiny = {k: v for k, v in asdict(cfg.autoencoder).items() if k.startswith("tiny_")}
         cfg.autoencoder = replace(frozen.cfg, decoder="tiny", **tiny)
+    if cfg.init:
+        start = load_autoencoder(cfg.init)
+        cfg.autoencoder = start.cfg
+        return start.requires_grad_(True).train().to(device, memory_format=torch.channels_last)
     torch.manual_seed(cfg.seed)
     ae = Autoencoder(cfg.autoencoder)
     ae.encoder = frozen.encoder if frozen else ae.encoder
