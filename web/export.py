@@ -67,15 +67,6 @@ class TextStates(nn.Module):
     def forward(self, ids):
         return self.encoder(Tokens(ids, torch.ones_like(ids, dtype=torch.bool))).emb
 
-class OneStep(nn.Module):
-    """Latents (1, C, h, w), time (1,), text states (1, L, D) -> velocity (1, C, h, w)."""
-    def __init__(self, unet):
-        super().__init__()
-        self.unet = unet
-
-    def forward(self, x, t, states):
-        return self.unet(x, t, states)
-
 class Decoding(nn.Module):
     """Normalised latents (1, C, h, w) -> picture (1, 3, 8h, 8w), about [-1, 1]."""
     def __init__(self, ae):
@@ -97,21 +88,22 @@ class WebPart:
 @torch.no_grad()
 def web_parts(net, ae, size: int, schedule: list[float]) -> list[WebPart]:
     """The UNet is compared on noise, and on a picture half drawn."""
-    text, unet, decoding = TextStates(net.text), OneStep(net.unet), Decoding(ae)
-    tokens = [net.vocabulary.tokenize([p], net.text_cfg.max_tokens) for p in EXAMPLES[:2]]
+    text, decoding = TextStates(net.text), Decoding(ae)
+    most = net.text_cfg.max_tokens
+    tokens = [net.vocabulary.tokenize([p], most, cut=True) for p in EXAMPLES[:2]]
     ids = [t.ids.int() for t in tokens]                                         # (1, L) each
     states = [text(i) for i in ids]                                             # (1, L, D) each
     g = torch.Generator().manual_seed(0)
     noise = torch.randn(1, net.unet.cfg.in_channels, size // 8, size // 8, generator=g)
 
     def velocity(x, t):
-        return unet(x, torch.tensor([t]), states[0])
+        return net.unet(x, torch.tensor([t]), states[0])
     x0 = euler(velocity, noise, schedule)                                       # (1, C, h, w)
     cases = []
     for t, x, s in (1.0, noise, states[0]), (0.5, (x0 + noise) / 2, states[1]):
-        cases.append({"x": x, "t": torch.tensor([t]), "states": s})
+        cases.append({"x": x, "t": torch.tensor([t]), "context": s})
     return [WebPart("text", text, [{"ids": i} for i in ids], (1,)),
-            WebPart("unet", unet, cases, (None, None, 1)),
+            WebPart("unet", net.unet, cases, (None, None, 1)),
             WebPart("decoder", decoding, [{"z": x0}, {"z": noise}], (None,))]
 
 def to_onnx(part: WebPart, max_tokens: int):
@@ -179,7 +171,7 @@ class OnnxFiles:
         return Text(self.text({"ids": tokens.ids.int()}), tokens.mask)
 
     def __call__(self, x, t, emb, mask, pooled=None):
-        return self.unet({"x": x, "t": t, "states": emb})
+        return self.unet({"x": x, "t": t, "context": emb})
 
     def decode(self, latents):
         return self.decoder({"z": latents})
@@ -264,6 +256,9 @@ def load_few_steps(a):
     ae = load_autoencoder(a.ae)
     if ae.cfg.decoder != "tiny":
         raise UserError(f"{a.ae} has SD3's decoder: only the tiny one goes to the browser")
+    if ae.cfg.latent != net.unet.cfg.in_channels:
+        raise UserError(f"{a.ckpt} draws latents of {net.unet.cfg.in_channels} channels, {a.ae} "
+                        f"reads {ae.cfg.latent}: give the --ae that it was trained with")
     return net, ae, config
 
 def export_parts(net, ae, folder: Path, size: int, how: dict) -> tuple[dict, list[str]]:
@@ -349,7 +344,7 @@ def main(argv):
     try:
         export_site(parse(argv))
     except ImportError as e:
-        raise UserError(f"{e.name} is missing: pip install -r requirements.txt") from None
+        raise UserError(f"{e.name or e} is missing: pip install -r requirements.txt") from None
 
 if __name__ == "__main__":
     with friendly():

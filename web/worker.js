@@ -112,13 +112,13 @@ function latents({ort, manifest}, x) {
 
 // sample.py's euler(): x_t = (1 - t) x0 + t eps, and the network gives v = eps - x0. told() hears
 // of each step's guess at x0.
-async function euler(model, states, seed, times, told) {
+async function euler(model, context, seed, times, told) {
   const {ort, sessions, manifest} = model;
   let x = randn(manifest.channels * (manifest.size / 8) ** 2, seed);
   for (let i = 0; i + 1 < times.length; i++) {
     const [t, s] = times.slice(i, i + 2);
     const time = new ort.Tensor("float32", [t], [1]);
-    const v = (await sessions.unet.run({x: latents(model, x), t: time, states})).y.data;
+    const v = (await sessions.unet.run({x: latents(model, x), t: time, context})).y.data;
     told(i + 1, x.map((value, k) => value - t * v[k]));
     x = x.map((value, k) => value + (s - t) * v[k]);
   }
