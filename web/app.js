@@ -1,12 +1,13 @@
 // The page. It asks worker.js for pictures and shows what comes back.
-import {areCached} from "./files.js";
+import {areCached, loadFile} from "./files.js";
 import {randn} from "./noise.js";
 import {preview} from "./pixels.js";
+import {Vocabulary} from "./tokens.js";
 
 const MOST_SEEDS = 2 ** 32;
 const by = (id) => document.getElementById(id);
 const options = Object.fromEntries(new URLSearchParams(location.search));
-let manifest, worker, figures = [], busy = false, task = null, drawnOn = "";
+let manifest, vocabulary, worker, figures = [], busy = false, task = null, drawnOn = "";
 
 // ------------------------------------------------------------------------------ what is shown
 function element(tag, content = {}, ...children) {
@@ -118,6 +119,10 @@ function submit() {
   if (!Number.isInteger(seed) || seed < 0 || seed >= MOST_SEEDS) {
     return complain(`The seed wants a whole number from 0 to ${MOST_SEEDS - 1}`);
   }
+  const ids = vocabulary.ids(prompt), most = manifest.tokens.max;
+  if (ids.length > most) {
+    return complain(`This prompt has ${ids.length} tokens, the model reads ${most}: shorten it`);
+  }
   task = {prompt, seed, steps: chosen("steps"), count: chosen("count")};
   makeFigures(task.count, seed, prompt);
   writeAddress(task);
@@ -125,7 +130,7 @@ function submit() {
   busy = true;
   by("draw").setAttribute("aria-disabled", "true");
   if (matchMedia("(pointer: coarse)").matches) by("prompt").blur();     // the keyboard goes
-  send({prompt, steps: task.steps, seeds: figures.map((figure) => figure.seed)});
+  send({ids, steps: task.steps, seeds: figures.map((figure) => figure.seed)});
 }
 
 function send(message) {
@@ -259,12 +264,14 @@ function listen() {
 async function main() {
   await isolate();
   manifest = await readManifest();
+  const captions = new TextDecoder().decode(await loadFile(manifest.tokens, () => {}));
+  vocabulary = new Vocabulary(captions, manifest.tokens.pattern);
   showManifest();
   listen();
   const linked = readAddress();
   makeFigures(1, Number(by("seed").value) || 0);
   const runtime = manifest.runtimes.wasm.binary;
-  const files = [...Object.values(manifest.parts), manifest.tokens];
+  const files = Object.values(manifest.parts);
   const size = [...files, runtime].reduce((sum, entry) => sum + entry.bytes, 0);
   rest(`The first picture downloads ${megabytes(size)} MB, once`);
   if (!await areCached(files)) return;

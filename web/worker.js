@@ -1,9 +1,8 @@
 // Draws, in a thread of its own, so that the page stays alive. Messages in: {manifest, options} to
-// load, with {prompt, seeds, steps} to draw too. Messages out: see tell().
+// load, with {ids, seeds, steps} to draw too. Messages out: see tell().
 import {Problem, loadFile, unzip} from "./files.js";
 import {randn} from "./noise.js";
 import {preview, toPixels} from "./pixels.js";
-import {Vocabulary} from "./tokens.js";
 
 const FAILED = "The network failed: reload the page; add ?device=wasm to its address to do " +
   "without WebGPU";
@@ -55,7 +54,7 @@ async function start(manifest, options) {
 
 async function open(manifest, device, options, fallback = "") {
   const {module, binary} = manifest.runtimes[device];
-  const entries = [manifest.tokens, ...Object.values(manifest.parts), binary];
+  const entries = [...Object.values(manifest.parts), binary];
   const total = entries.reduce((sum, entry) => sum + entry.bytes, 0), files = {};
   let done = 0;
   for (const entry of entries) {
@@ -78,19 +77,13 @@ async function open(manifest, device, options, fallback = "") {
     const how = {executionProviders: [device], logSeverityLevel: Number(options.log ?? 3)};
     sessions[name] = await ort.InferenceSession.create(files[entry.file], how);
   }
-  const captions = new TextDecoder().decode(files[manifest.tokens.file]);
-  const vocabulary = new Vocabulary(captions, manifest.tokens.pattern);
   ready = true;
   tell("ready", {device, threads, fallback});
-  return {ort, sessions, vocabulary, manifest};
+  return {ort, sessions, manifest};
 }
 
-async function draw(model, {prompt, seeds, steps}) {
-  const {ort, sessions, vocabulary, manifest} = model;
-  const ids = vocabulary.ids(prompt), most = manifest.tokens.max;
-  if (ids.length > most) {
-    throw new Problem(`This prompt has ${ids.length} tokens, the model reads ${most}: shorten it`);
-  }
+async function draw(model, {ids, seeds, steps}) {
+  const {ort, sessions, manifest} = model;
   const tokens = new ort.Tensor("int32", Int32Array.from(ids), [1, ids.length]);
   const states = (await sessions.text.run({ids: tokens})).y;            // (1, L, D)
   for (const [index, seed] of seeds.entries()) {
