@@ -44,6 +44,7 @@ from common import (
     UserError,
     autocast,
     by_turns,
+    check_config,
     fill,
     friendly,
     mean_over,
@@ -107,6 +108,7 @@ class AdvConfig(DistillConfig):
     lr: float = option(2e-4, above=0)
 
     def check(self):
+        super().check()
         if self.featkd or self.accumulate != 1:
             raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
         if self.wrong_captions and self.batch < 2:
@@ -333,7 +335,7 @@ def distil(cfg: AdvConfig):
     net, student = load_model(cfg.init, device)
     check_size(cfg, student, cfg.init)
     own = {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}
-    fill(cfg, own, cfg.init)
+    check_config(fill(cfg, own, cfg.init), cfg.init)
     cfg.teacher = cfg.teacher or cfg.init
     cfg.shift = cfg.shift or cfg.flow.shift
     net.requires_grad_(True).train()

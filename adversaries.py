@@ -176,5 +176,6 @@ def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor
 
     key = content_key(cfg.data, vars(cfg.flow), teacher.digest(), cfg.teacher_cfg, cfg.seed, shape)
     path = Path(cfg.data.cache) / f"teacher-{len(latents)}-{key}.safetensors"
-    return kept_tensors(path, lambda: {
-        "latents": rows_in_parts(path, len(latents), drawn_batches)})["latents"]
+    def make():
+        return {"latents": rows_in_parts(path, len(latents), drawn_batches)}
+    return kept_tensors(path, make, latents=len(latents))["latents"]

@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import resolve, write_whole
-from common import UserError, autocast, setup, use_bfloat16
+from common import UserError, at_most_cores, autocast, setup, use_bfloat16
 from data import Batch, autoencoder_fingerprint, seeded, whose_turn
 from decoder import encode_pictures, load_autoencoder, to_tensor
 from pictures import Prepared, find_pictures, listing_key
@@ -94,9 +94,6 @@ def make_cache(cfg, teacher_text=None):
     d, root = cfg.data, Path(cfg.data.cache)
     if not d.folder:
         raise UserError("data.folder is not set: set it to your pictures")
-    grain = 8 * (cfg.mmdit.patch if cfg.arch == "mmdit" else 2 ** (len(cfg.model.widths) - 1))
-    if d.bucket_step % grain:
-        raise UserError(f"data.bucket_step={d.bucket_step}: the network wants multiples of {grain}")
     items = find_pictures(d.folder)
     ae = load_autoencoder(cfg.ae, device)
     settings, listing = cache_settings(cfg, ae, download=True), listing_key(items)
@@ -191,8 +188,9 @@ def write_shards(cfg, items, mine: list[int], ae, encode, device, quiet: bool):
     """Reads the pictures of the shards `mine` in other processes, encodes them in this one."""
     d = cfg.data
     todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
+    workers = at_most_cores(d.workers)
     prepared = Prepared([items[i] for i in todo], d)
-    loader = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=d.workers)
+    loader = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=workers)
     bar = tqdm(loader, f"read and encode {d.folder}", unit="picture", disable=quiet)
     rows = []
     for (picture, words), i in zip(bar, todo):
@@ -266,6 +264,10 @@ def has_states(path: Path, cfg, members: dict, weights: str | None) -> bool:
     key, _, theirs = (note_of(path, "states") or "").partition(" ")
     return key == states_key(cfg, members) and weights in (None, theirs)
 
+def printable(text: str) -> str:
+    """On one line, and UTF-8: a name may hold anything."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
 def finish(cfg, state: dict):
     """Writes skipped.txt and cache.json's `done`, prints what is in the cache."""
     root = Path(cfg.data.cache)
@@ -277,8 +279,8 @@ def finish(cfg, state: dict):
             sizes[key] += len(members)
             captions += [caption for _, caption in members]
     path = root / "skipped.txt"
-    lines = "".join(f"{name}\t{why}\n" for name, why in skipped)
-    write_whole(path, lambda p: p.write_bytes(lines.encode(errors="surrogateescape")))
+    lines = "".join(f"{printable(name)}\t{printable(why)}\n" for name, why in skipped)
+    write_whole(path, lambda p: p.write_text(lines, encoding="utf-8"))
     if not captions:
         raise UserError(f"none of the {len(skipped)} pictures of '{cfg.data.folder}' can be used; "
                         f"{path} says why, the first: {': '.join(skipped[0])}")

@@ -16,7 +16,16 @@ import torch.nn.functional as F
 from PIL import Image
 
 from checkpoint import Run, load_checkpoint, load_into
-from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
+from common import (
+    UserError,
+    at_most_cores,
+    autocast,
+    friendly,
+    option,
+    read_config,
+    setup,
+    use_bfloat16,
+)
 from decoder import to_tensor
 from optim import EMA, Learner, Muon, rate
 from scenes import COLOURS, NOUNS, SEEN_GAP, Scene, Scenes
@@ -152,7 +161,7 @@ def train_checker(cfg: CheckerConfig):
     sources = [Scenes(SIZE, "train", seed=77, layout=name) for name in ("slots", "free")]
     batches = torch.utils.data.DataLoader(
         range(run.step, cfg.steps), None, collate_fn=partial(render_batch, cfg, sources),
-        num_workers=cfg.workers)
+        num_workers=at_most_cores(cfg.workers))
 
     for step, (pictures, table, heat) in zip(run.steps(), batches):
         opt.schedule(rate(cfg, step))

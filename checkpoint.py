@@ -132,7 +132,7 @@ def resolve(path) -> Path:
             path = path.with_name(path.name + ".old")       # killed between two renames of a save
     if not path.is_dir():
         raise UserError(f"no checkpoint at {path}: give a directory that holds config.json and "
-                        f"model.safetensors (only what begins with {HUB} is asked of the hub)")
+                        f"model.safetensors; one of the hub's is written {HUB}OWNER/NAME")
     return path
 
 KINDS = {           # of the entries of config.json that are read

@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -171,7 +172,17 @@ def read_config(cfg, argv: list[str], default: str | None = None):
         sys.exit(print(json.dumps(dataclasses.asdict(cfg), indent=1)))
     for argument in argv:
         fill(cfg, parse_override(cfg, argument), "command line")
+    for folder in (getattr(cfg, "out", ""), getattr(getattr(cfg, "data", None), "cache", "")):
+        check_folder(folder)
     return check_config(cfg, str(path or "command line"))
+
+def check_folder(path: str):
+    """UserError, before any work, where a folder is to be written and cannot be."""
+    above = Path(path)
+    while not above.exists() and above != above.parent:
+        above = above.parent
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"'{path}' cannot be written: {above} is no folder that may be written")
 
 def read_toml(path) -> dict:
     """A TOML file; a relative path is looked up here, then in the repository."""
@@ -230,11 +241,17 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
         keep_memory_mapped()
     if world == 1:
         return dev, 0, 1
+    die_with_parent()
     if dev.type == "cuda":
         dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(dev)
     dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
     return dev, dist.get_rank(), world
+
+def die_with_parent():
+    """Tells Linux to stop this process when torchrun is killed, or it would train on unseen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(1, signal.SIGTERM)       # 1: PR_SET_PDEATHSIG
 
 def anywhere(flag: bool, world: int) -> bool:
     """True on all ranks where it is True on one. Ranks must leave a loop together, or one waits."""
@@ -243,6 +260,10 @@ def anywhere(flag: bool, world: int) -> bool:
     flags = [None] * world
     dist.all_gather_object(flags, flag)
     return any(flags)
+
+def at_most_cores(workers: int) -> int:
+    """As many processes as are asked for, but no more than there are cores."""
+    return min(workers, os.cpu_count() or 1)
 
 def by_turns(make, rank: int, world: int):
     """make() of one process after the other: the first fills a cache, the others find it there."""
@@ -326,21 +347,35 @@ def provenance(seed: int = 0) -> dict:
             "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "seed": seed}
 
 def read_log(path) -> list[dict]:
-    """Rows of a log.csv; [] where there is none. A row without a step (cut short) is dropped."""
+    """Rows of a log.csv; [] where there is none. A line that is no row of numbers, such as one that
+    was cut short, is dropped."""
     path = Path(path)
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as f:
-        return [row for row in csv.DictReader(f) if (row.get("step") or "").isdigit()]
+    keys, *lines = csv.reader(path.read_text(encoding="utf-8", errors="replace").split("\n"),
+                              quoting=csv.QUOTE_NONE)
+    rows = [dict(zip(keys, line)) for line in lines if len(line) == len(keys)]
+    return [row for row in rows if is_row(row)]
+
+def is_row(row: dict) -> bool:
+    """Whether a row of a log has a step, and numbers, with a unit or without, or nothing else."""
+    try:
+        numbers = [float(value.rstrip("%G") or 0) for value in row.values()]
+    except ValueError:
+        return False
+    return bool(numbers) and row.get("step", "").isdecimal()
 
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whose columns are all keys in order of appearance."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
-        writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", newline="", encoding="utf-8") as f:
+            writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)               # of a full disk
 
 def short(key: str, value) -> str:
     """A value as the log line shows it."""

@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import write_whole
-from common import ROOT, UserError, fill, friendly, option
+from common import ROOT, UserError, at_most_cores, fill, friendly, option
 from decoder import encode_pictures
 from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
@@ -81,8 +81,9 @@ def check_tables(config: dict, where):
     """UserError where what config.json says of pictures and sampling is not allowed. What it does
     not say becomes the default; keys of other versions stay."""
     for key, schema in (("data", DataConfig()), ("flow", FlowConfig()), ("few_steps", FewSteps())):
-        table = config.get(key) or {}
-        known = {k: v for k, v in table.items() if hasattr(schema, k)}
+        table = known = config.get(key) or {}
+        if isinstance(table, dict):
+            known = {k: v for k, v in table.items() if hasattr(schema, k)}
         fill(schema, known, str(where), f"{key}.")
         if key != "few_steps":
             config[key] = {**vars(schema), **table}
@@ -200,7 +201,7 @@ def in_processes(write, shape, dtype, todo: range, workers: int, title: str = ""
     They are in one array that all processes share, and are overwritten when the next are asked for.
     todo starts at a multiple of BATCH; shape, dtype: of a row; title: of a progress bar."""
     batches = [todo[k:k + BATCH] for k in range(0, len(todo), BATCH)]
-    workers = min(workers, len(batches) // 8)           # to start one takes up to seconds
+    workers = min(at_most_cores(workers), len(batches) // 8)    # to start one takes up to seconds
     # a DataLoader has two batches a worker under way beside the one that is read
     ring = torch.empty(2 * workers + 1, BATCH, *shape, dtype=dtype)
     try:
@@ -242,7 +243,7 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
 
     def make():
         return {"latents": rows_in_parts(path, n, encoded)}
-    return kept_tensors(path, make)["latents"]
+    return kept_tensors(path, make, latents=n)["latents"]
 
 def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     """Tokens of WORDINGS captions of each of n training scenes, since wording each batch anew would
@@ -257,13 +258,16 @@ def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
         rows = rows_in_parts(path, n, some)                 # (n, WORDINGS, L + 1)
         lengths = rows[..., -1].contiguous()
         return {"ids": rows[..., :lengths.max()].contiguous(), "lengths": lengths}
-    return kept_tensors(path, make)
+    return kept_tensors(path, make, ids=n, lengths=n)
 
-def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file; what make() gives where it is missing or damaged."""
+def kept_tensors(path: Path, make, **rows: int) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file; what make() gives where it is missing or damaged.
+    rows: {name: length} of all that it holds."""
     if path.exists():
         try:
             tensors = load_file(path)
+            if {k: len(x) for k, x in tensors.items()} != rows:
+                raise SafetensorError("it holds other tensors")
             shutil.rmtree(path.with_suffix(".parts"), ignore_errors=True)
             return tensors
         except SafetensorError as e:
@@ -274,14 +278,15 @@ def kept_tensors(path: Path, make) -> dict[str, torch.Tensor]:
         parts.mkdir(parents=True, exist_ok=True)
         write_whole(parts / path.name, partial(save_file, tensors))
         os.replace(parts / path.name, path)
-    return kept_tensors(path, make)
+    return kept_tensors(path, make, **rows)
 
 def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:
     """Rows of n scenes for the file `path`: what make(todo) yields, BATCH scenes at a time.
     Each PART of them is kept in a folder beside it, in a file named by its first scene, until
     `path` is whole: a run that was killed goes on there."""
     folder, parts, done = path.with_suffix(".parts"), [], 0
-    with contextlib.suppress(FileNotFoundError, SafetensorError):       # up to what is not whole
+    # up to what is not whole
+    with contextlib.suppress(FileNotFoundError, SafetensorError, KeyError):
         while True:
             parts.append(load_file(folder / f"{done}.safetensors")["rows"])
             done += len(parts[-1])
@@ -340,9 +345,11 @@ def build_atlas(folder):
 def export_pictures(folder, n: int, size: int = 192):
     """n scenes as JPEG + txt of ragged sizes, the longest side `size`, ten of them spoilt."""
     folder, scenes = Path(folder), Scenes(size, "train", layout="free")
-    if n < 20 or (folder.exists() and any(folder.iterdir())):
-        raise UserError(f"--export wants an empty folder and 20 pictures or more: {folder}, {n}")
+    if not 20 <= n <= 10**6 or not 64 <= size <= 4096:
+        raise UserError(f"--export wants 20 to a million pictures of 64 to 4096 px: {n}, {size}")
     folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise UserError(f"--export wants an empty folder: {folder}")
     for i in range(n):
         picture, caption = scenes[i]
         rng = random.Random(i)
@@ -380,10 +387,14 @@ def main(argv):
             grid(pictures, captions, 8).save(path)
         case ["--speed"]:
             show_speed()
-        case ["--export", folder, n, *size] if n.isdigit() and len(size) < 2:
+        case ["--export", folder, n, *size] if len(size) < 2 and folder.strip():
+            if not all(map(str.isdecimal, (n, *size))):
+                raise UserError(f"--export wants whole numbers, got {' '.join((n, *size))}")
             export_pictures(folder, int(n), *map(int, size))
-        case _:
+        case [] | ["-h"] | ["--help"]:
             print(__doc__)
+        case _:
+            raise UserError(f"what is '{' '.join(argv)}'? `python data.py` tells what it takes")
 
 if __name__ == "__main__":
     with friendly():

@@ -177,7 +177,7 @@ class Autoencoder(nn.Module):
         """Pictures (B, 3, H, W) in [-1, 1] -> normalised latents (B, latent, h, w)."""
         H, W = images.shape[2:]
         if H % 8 or W % 8:
-            raise ValueError(f"picture height and width must be multiples of 8, got {H}x{W}")
+            raise UserError(f"picture height and width must be multiples of 8, got {H}x{W}")
         return (self.moments(images)[0] - self.cfg.shift) * self.cfg.scale
 
     def decode(self, latents):

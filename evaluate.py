@@ -250,10 +250,12 @@ def parse_evaluation(argv):
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: --ckpt")
     p.add_argument("--device", default="auto")
     a = p.parse_args(argv)
-    if min(a.prompts, a.each, a.batch, a.steps or 1) < 1 or a.steps == 0:
-        raise UserError("--steps, --prompts, --each and --batch want 1 or more")
-    if a.fd != 0 and a.fd < 4:
-        raise UserError(f"--fd wants 0 (none) or 4 pictures and more, got {a.fd}")
+    for name in ("steps", "prompts", "each", "batch"):
+        value, most = getattr(a, name), 1000 if name == "steps" else 100000
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{name} wants 1 to {most}, got {value}")
+    if a.fd != 0 and not 4 <= a.fd <= 10**6:
+        raise UserError(f"--fd wants 0 (none) or 4 to a million pictures, got {a.fd}")
     if a.cfg is not None and not math.isfinite(a.cfg):
         raise UserError(f"--cfg must be a finite number, got {a.cfg}")
     return a

@@ -205,7 +205,7 @@ class MMDiT(nn.Module):
         p, side = self.cfg.patch, self.cfg.position_max
         h, w = H // p, W // p
         if H % p or W % p or max(h, w) > side:
-            raise ValueError(f"latent sides must be multiples of {p} up to {p * side}, not {H}x{W}")
+            raise UserError(f"latent sides must be multiples of {p} up to {p * side}, not {H}x{W}")
         if pooled is None:
             real = torch.ones_like(context[..., 0]) if mask is None else mask.to(context.dtype)
             pooled = (context * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)

@@ -298,7 +298,7 @@ class UNet(nn.Module):
         (B, C, H, W). With features, names out of down0 .. mid up0 .., also {name: (B, C, H, W)}."""
         cfg, last, (H, W) = self.cfg, len(self.down) - 1, x.shape[2:]
         if H % 2**last or W % 2**last:
-            raise ValueError(f"latent sides must be multiples of {2**last}, got {H}x{W}")
+            raise UserError(f"latent sides must be multiples of {2**last}, got {H}x{W}")
         temb = self.embed_time(t)                                               # (B, time_dim)
         mask = None if mask is None else mask[:, None, None, :]                 # (B, 1, 1, L)
         ropes = [rope_table(H >> i, W >> i, cfg.head_dim, cfg.rope, x.device)

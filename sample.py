@@ -156,7 +156,7 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
              interval=(0.0, 1.0), batch=16, progress=False):
     """Captions and seeds, one of each a picture -> list of uint8 (H, W, 3).
     Without an autoencoder: list of latents. size: pixels, or (height, width); steps: a number, or
-    the times themselves (then shift is not used)."""
+    the times themselves (then shift is not used). UserError where a picture is not finite."""
     height, width = (size, size) if isinstance(size, int) else size
     shape = (net.denoiser.cfg.in_channels, height // 8, width // 8)
     schedule = times(steps, shift) if isinstance(steps, int) else steps
@@ -172,7 +172,11 @@ def generate(net, ae, captions, seeds, size=64, steps=28, cfg=4.0, sampler="dpmp
             if sampler == "renoise":
                 extra["noise"] = fresh_noise(own, shape, net.device)
             latents = SAMPLERS[sampler](velocity, x, schedule, **extra)
-            pictures += list(latents) if ae is None else to_pictures(ae.decode(latents))
+            images = latents if ae is None else ae.decode(latents)
+            if not images.isfinite().all():
+                raise UserError("what the network draws is not finite: use an older checkpoint, "
+                                "or less guidance")
+            pictures += list(images) if ae is None else to_pictures(images)
             bar.update(len(own))
     return pictures
 
@@ -268,8 +272,8 @@ def check_request(a) -> Path:
     """The file to write. UserError, before anything is loaded, where the request cannot be met."""
     if not all(prompt.strip() for prompt in a.prompts or [""]):
         raise UserError("the prompt is empty: say what to draw, such as \"a red car\", or --list")
-    if (a.steps is not None and not 1 <= a.steps <= 1000) or a.n < 1:
-        raise UserError(f"--steps wants 1 to 1000 and -n 1 or more, got {a.steps} and {a.n}")
+    if not 1 <= (1 if a.steps is None else a.steps) <= 1000 or not 1 <= a.n <= 10000:
+        raise UserError(f"--steps wants 1 to 1000 and -n 1 to 10000, got {a.steps} and {a.n}")
     numbers = [a.shift, *a.interval] + ([] if a.cfg is None else [a.cfg])
     if not all(math.isfinite(v) for v in numbers):
         raise UserError("--cfg, --shift and --interval must be finite numbers")

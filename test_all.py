@@ -36,11 +36,14 @@ import signal
 import subprocess
 import sys
 import tarfile
+import tempfile
 import threading
 import time
+import unicodedata
 import zlib
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import asdict, is_dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,6 +52,7 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -308,7 +312,7 @@ def test_only_multiples_are_taken(arch, shape, unit):
 
     x = torch.randn(1, *shape)
     assert passed(x).shape == x.shape
-    with pytest.raises(ValueError, match=f"multiples of {unit}"):
+    with pytest.raises(UserError, match=f"multiples of {unit}"):
         passed(x[:, :, 1:])
 
 @pytest.mark.parametrize("arch", ["unet", "mmdit"])
@@ -600,17 +604,6 @@ def scenes_config(pipeline, folder, *changes):
 def spelled(batch):
     return [text.load_vocabulary().spell(row) for row in batch.text.ids]
 
-def test_init_brings_its_network_and_scenes(pipeline, tmp_path):
-    first = pipeline("train")
-    cfg = train.read_training(train.TrainConfig, [f"init={first}", "lr=0.5"], "configs/nano.toml")
-    known = json.loads((checkpoint.resolve(first) / "config.json").read_text())
-    assert asdict(cfg.model) == known["model"] and cfg.flow.shift == known["flow"]["shift"]
-    assert (cfg.data.size, cfg.lr, cfg.text.init) == (known["data"]["size"], 0.5, "")
-    words = [f"init={first}", "model.depth_mid=2", "data.size=64"]
-    cfg = train.read_training(train.TrainConfig, words, "configs/nano.toml")
-    assert cfg.model.depth_mid == 2 and cfg.data.size == 64     # what is said is said
-    assert cfg.model.widths == known["model"]["widths"]
-
 def test_batches_word_their_scenes_and_drop_some(pipeline, tmp_path):
     cfg = scenes_config(pipeline, tmp_path, "drop_caption=0.25")
     ae = decoder.load_autoencoder(pipeline.ae)
@@ -813,7 +806,8 @@ def test_captions_are_found_in_every_layout_and_in_tars(tmp_path):
         "a.png": "from a txt", "b.PNG": "from captions", "sub/c.png": "from metadata",
         "photo.v1.png": "from a line", "photo.v2.png": "from json", "gone.png": "no picture",
         "captions.jsonl:4": "no caption", "captions.jsonl:5": "no caption", "d.png": "no caption",
-        "f.png": "no caption", "g.tiff": "another format"}
+        "f.png": "no caption", "g.tiff": "another format", "._a.png": "hidden", ".git": "hidden",
+        "sub/.trash": "hidden"}
     with tarfile.open(tar_path, "w") as tar:
         tar.add(folder, "./sub")
     assert read_folder(tar_path) == {f"all.tar/sub/{k}": v for k, v in found.items()}
@@ -918,9 +912,8 @@ def test_a_stale_cache_is_refused(pipeline, own, tmp_path, change, words):
     shutil.copytree(own[0], tmp_path / "own")
     caption = tmp_path / "own" / "00000.txt"
     caption.write_text(caption.read_text()[::-1])           # an edit that keeps the size
-    cfg = own_config(pipeline, *own, change.format(own=tmp_path / "own"))
     with pytest.raises(UserError, match=words):
-        cache.make_cache(cfg)
+        cache.make_cache(own_config(pipeline, *own, change.format(own=tmp_path / "own")))
 
 def test_frozen_states_are_read_from_the_cache(pipeline, own, sd3_folder, tmp_path):
     cfg = own_config(pipeline, own[0], tmp_path, "arch=mmdit", "text.kind=sd3", "text.width=40",
@@ -1841,9 +1834,8 @@ def test_calibrated_norms_survive_fp16():
     assert (norm(x) - norm.norm(x)).abs().max() < 1e-5
 
 # ---------------------------------------------------------------------------- a bundle
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("coreml")
+def make_bundle(folder):
+    """A bundle of tiny networks at FOLDER/bundle, their checkpoints beside it."""
     words, unet = text.TextConfig(width=32, layers=1, heads=2), {**TINY, **SHALLOW}
     save_model(folder / "net", shaken(model.TextToLatents(model.UNetConfig(**unet), words)))
     config = json.loads((folder / "net/config.json").read_text())
@@ -1855,6 +1847,10 @@ def bundle(tmp_path_factory):
     checkpoint.save_checkpoint(folder / "ae", {"model": ae.state_dict()}, about, latest=False)
     succeeds("export_coreml.py", *coreml_arguments(folder / "bundle"))
     return folder / "bundle"
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory):
+    return make_bundle(tmp_path_factory.mktemp("coreml"))
 
 def coreml_arguments(out):
     return [f"--ckpt={out.parent / 'net'}", f"--ae={out.parent / 'ae'}", f"--out={out}"]
@@ -2691,6 +2687,403 @@ def test_the_first_commands_of_the_readme_draw(tmp_path):
     assert np.asarray(Image.open(tmp_path / "out.png")).std() > 10
     said = succeeds("sample.py", "a dog", "a cat", "-n", 2, "--base", "--steps", 2, *words)
     assert "4 pictures of 256x256" in said and "(dpmpp, guidance 4, 2 steps at" in said
+
+# ---------------------------------------------------------------------------- faults
+# Each kind of lab.fuzz (lab/faults.py) has a quick test here or above, and two drawn inputs below.
+@pytest.fixture(scope="session")
+def fuzz_home(pipeline, tmp_path_factory):
+    from lab import fuzz
+    with fuzz.quicker():
+        yield fuzz.Home(tmp_path_factory.mktemp("fuzz"), pipeline)
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(1, 19))
+def test_drawn_input_of_each_kind_is_answered_well(number, fuzz_home, tmp_path):
+    from lab import fuzz
+    for seed in ("a", "b"):
+        case, verdict, last = fuzz.ask(number, seed, fuzz_home, tmp_path / seed)
+        assert verdict == "well", (case.words, last)
+
+@pytest.mark.parametrize("words, said", [
+    ("model.widths=[33,65]", "multiples of"), ("model.depth_down=[1]", "one entry per stage"),
+    ("model.act=softmax", "one of silu"), ("text.heads=5", "no multiple of"),
+    ("text.vocabulary=9", "another model's"), ("text.max_tokens=0", "2 or more"),
+    ("data.size=0", "8 or more"), ("data.pictures=0", "1 or more"), ("flow.shift=0", "more than 0"),
+    ("arch=mmdit mmdit.patch=3", "multiples of 24"), ("data.size=72", "multiples of 16"),
+    ("arch=mmdit mmdit.position_max=2", "up to 32"),
+    ("seed=99999999999999999999", "or less"), ("steps=1000000000000", "1000000000 or less"),
+    ("val_pictures=100000000000", "100000 or less"), ("model.depth_mid=1000000", "100 or less"),
+    ("text.kind=clip-l text.width=768 model.context_dim=768", "cache of your own pictures"),
+    ("out=", "'out' must not be empty"), ("data.cache=", "'data.cache' must not be empty"),
+    ("ae=my/ae", "no checkpoint at my/ae"), ("init=my/run", "no checkpoint at my/run"),
+    ("data.folder=a\u0000b", "cannot be printed"),
+])
+def test_a_config_is_checked_where_it_is_read(words, said, tmp_path):
+    where = [f"out={tmp_path}/run", f"data.cache={tmp_path}/cache"]
+    fails_in_one_line(command("train.py", *TINY_RUN, *where, *words.split()), said)
+    assert not list(tmp_path.iterdir())
+
+def test_a_mistyped_path_asks_no_hub(tmp_path, monkeypatch):
+    import huggingface_hub
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name))
+    with pytest.raises(UserError, match="hf:OWNER/NAME"):
+        decoder.load_autoencoder("my/ae")
+    with pytest.raises(UserError, match="no teacher at 'my/teacher'.*hf:OWNER/NAME"):
+        distill.find_teacher("my/teacher")
+    with pytest.raises(UserError, match="not whole at my/encoders/text_encoder"):
+        text.load_encoders(text.TextConfig("clip-l", folder="my/encoders"), "cpu")
+    assert not asked
+    with pytest.raises(UserError, match="the hub does not give my/ae"):
+        decoder.load_autoencoder("hf:my/ae")
+    assert asked == ["my/ae"] and distill.find_teacher("hf:a/b") == ("hub", "hf:a/b")
+
+@pytest.mark.parametrize("spoil", ["optimizer keys", "optimizer shape", "ema nan", "model kind"])
+def test_a_state_of_another_form_is_refused(spoil, pipeline, tmp_path):
+    out = shutil.copytree(pipeline("train"), tmp_path / "run")
+    part, way = spoil.split()
+    file = out / f"checkpoint/{part}.safetensors"
+    state = safetensors.torch.load_file(file)
+    key = next(k for k, x in state.items() if x.ndim == 2)
+    x = state.pop(key)
+    changed = {"keys": {key + "x": x}, "shape": {key: x[:-1].clone()}, "nan": {key: x * np.nan},
+               "kind": {key: x.int()}}[way]
+    safetensors.torch.save_file(state | changed, file)
+    config = json.loads((out / "checkpoint/config.json").read_text())
+    config["crc32"][file.name] = checkpoint.crc32(file)         # the file is whole
+    (out / "checkpoint/config.json").write_text(json.dumps(config))
+    fails_in_one_line(command(*pipeline.command("train"), "steps=5", f"out={out}"), str(out))
+
+@pytest.mark.parametrize("path, value", [
+    (("data", "size"), "x"), (("flow",), []), (("flow", "shift"), 0), (("few_steps",), 5),
+    (("few_steps", "steps"), -1), (("step",), "x"), (("model", "widths"), None), (("text",), None),
+    (("crc32",), 5), (("model", "act"), "softmax"),
+])
+def test_a_description_of_another_form_is_one_line(path, value, pipeline, tmp_path):
+    out = shutil.copytree(pipeline("gan") / "final", tmp_path / "final")
+    config = inner = json.loads((out / "config.json").read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="final"):
+        model.load_model(out)
+
+def test_what_is_not_finite_is_neither_drawn_nor_finished(pipeline, tmp_path):
+    words = [*pipeline.command("train"), "steps=1", "warmup=1", f"out={tmp_path / 'run'}"]
+    fails_in_one_line(command(*words, "lr=1e8", "samples=1"), "not finite")
+    assert not (tmp_path / "run/final").exists()
+    net = tiny_model()
+    with torch.no_grad():
+        net.unet.conv_out.weight.fill_(3e38)                    # finite, but what it gives is not
+    with pytest.raises(UserError, match="draws is not finite"):
+        sample.generate(net, None, ["a dog"], [0], 32, 1)
+
+@pytest.mark.parametrize("how", ["cut", "other tensors", "no file of tensors"])
+def test_a_damaged_cache_of_scenes_is_made_again(how, pipeline, tmp_path):
+    cfg = scenes_config(pipeline, tmp_path)
+    words = copy.deepcopy(data.wordings(cfg, 32, text.load_vocabulary()))
+    file = next(tmp_path.glob("words-*.safetensors"))
+    whole = file.read_bytes()
+    file.unlink()                                               # it is mapped
+    if how == "other tensors":
+        safetensors.torch.save_file({"ids": torch.zeros(5)}, file)
+    else:
+        file.write_bytes(whole[:99] if how == "cut" else b"[]")
+    assert same_tensors(data.wordings(cfg, 32, text.load_vocabulary()), words)
+    assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
+
+def test_what_the_web_and_other_systems_make_is_found(tmp_path):
+    """Names of a Mac (NFD), of Windows (backslashes), absolute ones; links; joined tars."""
+    folder, there = tmp_path / "pictures", tmp_path / "elsewhere"
+    for name in (there / "l.png", folder / "a\u0308.png", folder / "sub/w.png", folder / "a.png"):
+        name.parent.mkdir(exist_ok=True, parents=True)
+        name.write_bytes(encoded(two_halves()))
+    (folder / "linked").symlink_to(there)
+    (folder / "loop").symlink_to(folder)
+    (folder / "gone.png").symlink_to(folder / "nowhere")
+    (folder / "notes.md").write_text("x")
+    rows = [("\u00e4.png", "mac"), ("sub\\w.png", "windows"),
+            (str(folder / "a.png"), "absolute"), ("linked/l.png", "linked")]
+    lines = [json.dumps({"file": name, "caption": words}) for name, words in rows]
+    (folder / "captions.jsonl").write_text("\n".join(lines))
+    joined = b""
+    for k in range(2):
+        (there / "t.txt").write_text(f"tar {k}")
+        with tarfile.open(tmp_path / "t.tar", "w") as tar:
+            tar.add(there / "l.png", f"{k}.png")
+            tar.add(there / "t.txt", f"{k}.txt")
+        joined += (tmp_path / "t.tar").read_bytes()
+    (folder / "joined.tar").write_bytes(joined)
+    found = read_folder(folder)
+    assert found == {
+        "\u00e4.png": "mac", "sub/w.png": "windows", "a.png": "absolute", "linked/l.png": "linked",
+        "linked/t.txt": "no picture", "joined.tar/0.png": "tar 0", "joined.tar/1.png": "tar 1",
+        "gone.png": "no file", "notes.md": "another format"}
+
+def test_one_bad_file_stops_no_cache(tmp_path):
+    """Members that claim too much, deep JSON, half a character, a sparse file, nonsense as EXIF."""
+    sparse, header = tmp_path / "sparse.png", tarfile.TarInfo("x.png")
+    sparse.touch()
+    os.truncate(sparse, 2**40)
+    header.size = 2**62
+    (tmp_path / "huge.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
+    (tmp_path / "cut.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT)[:100])
+    nonsense = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x02\0\0\0\x09" + bytes(range(40))
+    for name, kind, words in (("deep", "json", "[" * 100000), ("number", "json", '{"caption": 5}'),
+                              ("half", "json", '{"caption": "\\ud800"}'), ("good", "txt", "a dog")):
+        (tmp_path / f"{name}.png").write_bytes(encoded(two_halves(), exif=nonsense))
+        (tmp_path / f"{name}.{kind}").write_text(words)
+    found = read_folder(tmp_path)
+    no = dict.fromkeys(("deep.png", "number.png", "half.png"), "no caption")
+    assert found == {**no, "good.png": "a dog", "sparse.png": "no caption", "cut.tar": "broken",
+                     "huge.tar": "broken", "huge.tar/x.png": "no caption"}
+    assert len(pictures.listing_key(pictures.find_pictures(tmp_path))) == 16
+
+def test_a_scan_of_182_megapixels_is_read(tmp_path):
+    Image.new("L", (14000, 13000), 90).save(tmp_path / "a.jpg", quality=30)
+    picture = pictures.to_bucket((tmp_path / "a.jpg").read_bytes(), PICTURES)
+    assert picture.shape == (64, 64, 3) and np.abs(picture.astype(int) - 90).max() < 3
+
+def test_an_edit_of_any_byte_makes_another_cache(tmp_path):
+    image = tmp_path / "a.png"
+    image.write_bytes(encoded(two_halves()) + bytes(9000))
+    keys = [pictures.listing_key(pictures.find_pictures(tmp_path))]
+    whole = image.read_bytes()
+    image.write_bytes(whole[:50] + bytes([whole[50] ^ 1]) + whole[51:])     # far from the end
+    keys.append(pictures.listing_key(pictures.find_pictures(tmp_path)))
+    assert keys[0] != keys[1]
+
+def test_a_cache_knows_its_encoders_by_their_weights(pipeline, own, sd3_folder, tmp_path):
+    folder = shutil.copytree(sd3_folder, tmp_path / "encoders")
+    words = ["text.kind=clip-l", "text.width=16", "model.context_dim=16"]
+    cfg = own_config(pipeline, own[0], tmp_path / "cache", *words, f"text.folder={folder}")
+    cache.make_cache(cfg)
+    cfg.text.folder = str(folder.rename(tmp_path / "moved"))
+    cache.make_cache(cfg)                                       # the same weights elsewhere
+    file = tmp_path / "moved/text_encoder/model.safetensors"
+    state = safetensors.torch.load_file(file)
+    name = next(k for k, x in state.items() if x.ndim == 2)
+    state[name] += 0.1
+    safetensors.torch.save_file(state, file, {"format": "pt"})  # under the old name, as large
+    with pytest.raises(UserError, match="text.folder's weights"):
+        opened(cfg)
+    shutil.rmtree(tmp_path / "moved")                           # training needs no encoder
+    assert len(opened(cfg)[0]) > 0
+
+@pytest.mark.parametrize("words", [
+    "train.py data.workers=1000 data.pictures=100000", "checker.py workers=1000"])
+def test_no_more_processes_than_cores(words, pipeline, tmp_path, monkeypatch):
+    def loader(*_, num_workers, **__):
+        raise UserError(f"{num_workers} of {os.cpu_count()}")
+    monkeypatch.setattr(torch.utils.data, "DataLoader", loader)
+    script, *more = words.split()
+    tiny = pipeline.command("train")[1:] if script == "train.py" else ["device=cpu"]
+    said = f"{os.cpu_count()} of {os.cpu_count()}"
+    where = [f"out={tmp_path}"] + [f"data.cache={tmp_path}"] * (script == "train.py")
+    fails_in_one_line(command(script, *tiny, *where, *more), said)
+
+def test_a_row_lost_to_a_kill_is_made_up_for(pipeline, tmp_path, monkeypatch):
+    """Killed after its save, before its evaluation."""
+    from unittest import mock
+    words = [*pipeline.command("train"), f"out={tmp_path}"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "report_progress", mock.Mock(side_effect=KeyboardInterrupt))
+        train.main(words[1:])
+    assert checkpoint.load_checkpoint(tmp_path)[0]["step"] == 2
+    succeeds(*words)
+    assert losses_of_run(tmp_path) == losses_of_run(pipeline("train")) != []
+
+def test_a_ragged_log_loses_its_bad_rows_alone(pipeline, tmp_path):
+    out = shutil.copytree(pipeline("train"), tmp_path / "run")
+    log = (out / "log.csv").read_bytes().splitlines()
+    log[2:2] = [b"x,1", b"1" + b",9" * 99, b"\xff\x00", b"3"]
+    (out / "log.csv").write_bytes(b"\n".join(log) + b"\n-4,,\n4,0.5")
+    succeeds(*pipeline.command("train"), "steps=5", f"out={out}")
+    wanted = common.read_log(pipeline("train") / "log.csv")
+    assert common.read_log(out / "log.csv")[:len(wanted)] == wanted
+
+@pytest.mark.parametrize("words, said", [
+    ("evaluate.py --batch 0", "wants 1 to"), ("evaluate.py --fd -1", "--fd"),
+    ("evaluate.py --prompts 1 --out README.md", "README.md"), ("lab.plan gpus=0", "1 or more"),
+    ("lab.plan mfu=-1", "more than 0"), ("data.py --show no/such/x.png", "no/such"),
+    ("sample.py dog -n 1000000000000", "-n"), ("evaluate.py --steps 1000000000000", "1 to 1000"),
+    ("sample.py dog --out-dir README.md", "README.md"), ("train.py out=README.md", "README.md"),
+    ("lab.benchmarks dpg {tmp} --out {tmp}/o", "a.txt"),
+])
+def test_bad_words_on_the_command_line_are_one_line(words, said, tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")
+    fails_in_one_line(command(*words.format(tmp=tmp_path).split()), said)
+
+@pytest.mark.parametrize("seed", [2**64 - 1, -1])
+def test_large_seeds_draw(seed):
+    net = tiny_model()
+    for sampler in ("euler", "renoise"):
+        some = sample.generate(net, None, ["a dog"] * 2, [seed, seed + 1], 32, 2, 1.0, sampler)
+        assert not torch.equal(*some)
+
+def test_a_long_prompt_of_a_benchmark_is_drawn_cut(tmp_path, capsys):
+    from lab import benchmarks
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/1.txt").write_text("A grey cat with white paws sleeps on the sill. " * 9)
+    save_model(tmp_path / "net", tiny_model())
+    ae = tiny_autoencoder()
+    about = {"autoencoder": asdict(ae.cfg)}
+    checkpoint.save_checkpoint(tmp_path / "ae", {"model": ae.state_dict()}, about, latest=False)
+    benchmarks.main(["dpg", f"{tmp_path}/p", "--ckpt", f"{tmp_path}/net", "--ae", f"{tmp_path}/ae",
+                     "--out", f"{tmp_path}/o"])
+    assert "drawn as 'A grey cat" in "".join(capsys.readouterr())
+    assert (tmp_path / "o/1.png").is_file()
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(p) for p in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+def is_running(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    return False
+
+def waited_for(condition, seconds=60):
+    begin = time.time()
+    while not condition() and time.time() - begin < seconds:
+        time.sleep(0.02)
+    return condition()
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+@pytest.mark.parametrize("victim", ["one of two", "torchrun", "parent of workers"])
+def test_no_process_outlives_a_kill(victim, pipeline, tmp_path):
+    """The two are killed before they meet."""
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    words += [*pipeline.command("train"), f"out={tmp_path / 'run'}"]
+    if victim == "parent of workers":
+        words = [*pipeline.command("train"), "data.workers=2", "data.pictures=9000",
+                 f"data.cache={tmp_path}", f"out={tmp_path / 'run'}"]
+    parent = subprocess.Popen([sys.executable, *map(str, words)], cwd=ROOT,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert waited_for(lambda: len(children(parent.pid)) == 2)
+    theirs = children(parent.pid)
+    if victim == "torchrun":        # where both have told Linux: they wait for each other, or train
+        assert waited_for(lambda: (tmp_path / "run").exists())
+    os.kill(theirs[1] if victim == "one of two" else parent.pid, signal.SIGKILL)
+    assert parent.wait(60) != 0
+    assert waited_for(lambda: not any(map(is_running, theirs)))
+
+@pytest.mark.slow
+def test_three_kills_at_random_moments_change_nothing():
+    """The other seventy-seven: python -m lab.kills"""
+    status, said, _ = run("-m", "lab.kills", "--train", 3, "--cache", 0, "--adv", 0)
+    assert status == 0 and "train: 3 kills" in said, said
+
+# ---------------------------------------------------------------------------- properties
+# 60 s in all, the same examples each time; FUZZ=5000 draws so many others: pytest -m slow -k any_
+def drawn_anew(**strategies):
+    """A slow test on what hypothesis draws."""
+    n = os.environ.get("FUZZ")
+    how = settings(max_examples=int(n or 150), derandomize=not n, deadline=None, database=None,
+                   suppress_health_check=list(HealthCheck))
+    return lambda test: pytest.mark.slow(how(given(**strategies)(test)))
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=4)
+                      | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
+TINY_PNG = encoded(Image.new("RGB", (64, 64)))
+NAMES = st.text(st.characters(codec="utf-8", exclude_characters="/\0"), min_size=1, max_size=20)
+
+def nested(keys: dict) -> dict:
+    """{"a.b": 1} -> {"a": {"b": 1}}"""
+    table = {}
+    for key, value in keys.items():
+        *outer, last = key.split(".")
+        inner = table
+        for name in outer:
+            inner = inner.setdefault(name, {})
+        inner[last] = value
+    return table
+
+def keys_of(cfg, prefix=""):
+    for key, value in vars(cfg).items():
+        yield from keys_of(value, f"{prefix}{key}.") if is_dataclass(value) else [prefix + key]
+
+@drawn_anew(keys=st.dictionaries(st.sampled_from(sorted(keys_of(adv_distill.AdvConfig()))),
+                                 VALUES, max_size=3), words=st.lists(st.text(max_size=20)))
+def test_any_config_is_refused_or_reads_back(keys, words):
+    with contextlib.suppress(UserError):
+        cfg = common.check_config(common.fill(adv_distill.AdvConfig(), nested(keys)))
+        again = common.fill(adv_distill.AdvConfig(), json.loads(json.dumps(asdict(cfg))))
+        assert again == cfg                                     # nan would differ
+    with contextlib.suppress(UserError), contextlib.redirect_stdout(io.StringIO()):
+        if not {"-h", "--help"} & set(words):
+            common.read_config(adv_distill.AdvConfig(), words)
+
+@drawn_anew(caption=st.text(), most=st.integers(2, 70), raw=st.binary(max_size=40),
+            suffix=st.sampled_from((".txt", ".json")))
+def test_any_caption_is_read_whole_or_to_a_word(caption, most, raw, suffix):
+    words = text.load_vocabulary()
+    ids, mask = words.tokenize([caption, ""], most, cut=True)
+    assert mask.sum(1).max() <= most and int(ids[1, 0]) == words.end
+    short = words.shorten(caption, most)
+    assert len(words.ids_of(short)) <= most and " ".join(caption.split()).startswith(short)
+    whole = words.ids_of(caption)
+    assert words.spell(whole[:-1]) == words.encoding.decode(whole[:-1]).strip()
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(pictures.Unusable):
+        file = f"{folder}/x{suffix}"
+        Path(file).write_bytes(raw)
+        place = pictures.Place(file, 0, len(raw), suffix)
+        read = pictures.caption_of(pictures.Item("x", None, place))
+        assert read.encode() and read == " ".join(read.split())
+
+SUFFIXES = st.sampled_from(("", ".png", ".jpg", ".txt", ".json", ".tar", ".TXT", ".md"))
+CONTENTS = st.binary(max_size=60) | st.sampled_from((b"a dog", b'{"caption": "a"}', TINY_PNG))
+
+@drawn_anew(files=st.dictionaries(st.tuples(NAMES, SUFFIXES), CONTENTS, max_size=6),
+            lines=st.lists(VALUES, max_size=3))
+def test_any_file_of_a_folder_is_accounted_for(files, lines):
+    with tempfile.TemporaryDirectory() as folder:
+        for (stem, suffix), raw in [(("good", ".png"), TINY_PNG), *files.items()]:
+            with contextlib.suppress(OSError):                  # "." and the like
+                Path(folder, stem + suffix).write_bytes(raw)
+        rows = [json.dumps(line) for line in lines]
+        Path(folder, "captions.jsonl").write_text("\n".join(rows))
+        there = {unicodedata.normalize("NFC", name) for name in os.listdir(folder)}
+        items = pictures.find_pictures(folder)
+        prepared = pictures.Prepared(items, PICTURES)
+        for picture, words in prepared:
+            assert words and (picture is None or picture.shape[2] == 3)
+        listed = {item.name.split("/")[0] for item in items}
+        stems = {pictures.split_name(i.name)[0] for i in items if i.picture}
+        beside = {n for n in there if pictures.split_name(n)[0] in stems}       # captions
+        empty = {n for n in there if n.lower().endswith(".tar")}                # no members
+        assert there - {"captions.jsonl"} <= listed | beside | empty
+        assert pictures.listing_key(items) == pictures.listing_key(pictures.find_pictures(folder))
+
+READ = """arch model text data flow few_steps step crc32 data.size flow.shift model.widths model.act
+    model.head_dim text.width text.heads text.pattern text.max_tokens few_steps.steps
+    few_steps.sampler""".split()
+
+@drawn_anew(changes=st.dictionaries(st.sampled_from(READ), VALUES, min_size=1, max_size=2),
+            raw=st.none() | st.binary(max_size=99))
+def test_any_checkpoint_is_loaded_or_named(changes, raw):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net"
+        save_model(path, tiny_model())
+        config = json.loads((path / "config.json").read_text())
+        for key, value in changes.items():
+            outer, _, inner = key.partition(".")
+            if inner and isinstance(config.get(outer, {}), dict):
+                config.setdefault(outer, {})[inner] = value
+            else:
+                config[outer] = value
+        if raw is not None:
+            (path / "model.safetensors").write_bytes(raw)
+            config["crc32"] = {}
+        (path / "config.json").write_text(json.dumps(config))
+        with contextlib.suppress(UserError):
+            net, config = model.load_model(path)
+            assert sample.sampling(config)["steps"][0] == 1
+            assert not net.encode(["a dog"], cut=True).emb.isnan().any()
 
 # ---------------------------------------------------------------------------- the house
 SOURCES = {str(p.relative_to(ROOT)): p.read_text() for folder in ("", "coreml/", "web/", "lab/")

@@ -34,8 +34,17 @@ from cache import (
     make_cache,
     open_cache,
 )
-from checkpoint import Run, load_into, read_description, resolve
-from common import autocast, by_turns, fill, friendly, option, read_config, setup, use_bfloat16
+from checkpoint import Run, load_into
+from common import (
+    UserError,
+    autocast,
+    by_turns,
+    friendly,
+    option,
+    read_config,
+    setup,
+    use_bfloat16,
+)
 from costs import matmul_speed, training_flops
 from data import (
     Batch,
@@ -65,8 +74,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     ae: str = "assets/ae"
-    init: str = ""                  # checkpoint whose weights a new run starts from, and whose
-                                    # network, text encoder, flow and scenes are its defaults
+    init: str = ""                  # checkpoint whose weights a new run starts from
     steps: int = option(4000, low=1)
     batch: int = option(64, low=1, high=65536)          # of a process and micro-batch
     accumulate: int = option(1, low=1, high=65536)
@@ -88,6 +96,21 @@ class TrainConfig:
     amp: str = option("auto", choices=("auto", "bfloat16", "float32"))
     seed: int = option(0, low=0, high=2**64 - 1)
     device: str = "auto"
+
+    def check(self):
+        grain, most = 8 * 2 ** (len(self.model.widths) - 1), 10**9
+        if self.arch == "mmdit":
+            grain = 8 * self.mmdit.patch
+            most = grain * self.mmdit.position_max      # where its position table ends
+        key, longest = "size", self.data.size
+        if self.data.folder:
+            key, longest = "bucket_step", longest * self.data.max_ratio**0.5
+        if getattr(self.data, key) % grain or longest > most:
+            raise UserError(f"data.{key}={getattr(self.data, key)}: the network draws multiples of "
+                            f"{grain} pixels, up to {most}")
+        if self.text.kind != "own" and not self.data.folder:
+            raise UserError(f"text.kind={self.text.kind} is read from a cache of your own pictures:"
+                            " set data.folder, and run the same command with --cache first")
 
     @property
     def network(self) -> UNetConfig | MMDiTConfig:
@@ -308,26 +331,10 @@ def save_gif(out):
         frames[0].save(out / "samples.gif", save_all=True, duration=500, loop=0,
                        append_images=frames[1:] + frames[-1:] * 4)
 
-def read_training(cls, argv: list[str], default: str):
-    """read_config() of a TrainConfig or a kind of it. What it does not say of the network, its text
-    encoder, the flow and the scenes is inherited from the checkpoint `init`, where there is one."""
-    cfg = read_config(cls(), argv, default)
-    if not cfg.init:
-        return cfg
-    if "--config" not in argv:
-        default = None                              # it describes another network
-    theirs, inherited = read_description(resolve(cfg.init)), cls()
-    own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in theirs}
-    own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout")}
-    fill(inherited, own, cfg.init)
-    inherited.text.init = ""                        # its states are in the checkpoint, taught on
-    return read_config(inherited, argv, default)
-
 def main(argv):
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
-    default = "configs/folder.toml" if make else "configs/nano.toml"
-    cfg = read_training(TrainConfig, argv, default)
+    cfg = read_config(TrainConfig(), argv, "configs/folder.toml" if make else "configs/nano.toml")
     make_cache(cfg) if make else train(cfg)
 
 if __name__ == "__main__":

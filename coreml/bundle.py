@@ -14,9 +14,10 @@ from tqdm import tqdm
 from common import UserError, fill
 from coreml.apple import SCHEDULERS, SD_SCALE, AppleTokenizer, flow_times
 from coreml.check import CheckError, Package, load_coremltools
+from data import check_tables
 from decoder import to_pictures
 from model import UNetConfig
-from text import Text, load_vocabulary
+from text import Text, TextConfig, load_vocabulary
 
 COMPILE = """#!/bin/sh
 # On a Mac with Xcode: compiles the packages, for an app, into compiled/.
@@ -31,8 +32,10 @@ class Bundle:
         if "TextEncoder" not in self.parts:
             raise UserError(f"{folder} has no text encoder, it cannot draw")
         self.config = {**config, "data": {**config["data"], "size": self.size}}
+        check_tables(self.config, folder)
         self.cfg = fill(UNetConfig(), config["model"], str(folder))
-        self.L = config["text"]["max_tokens"]
+        words = {"max_tokens": config["text"]["max_tokens"]}
+        self.L = fill(TextConfig(), words, str(folder)).max_tokens
         self.read_tokens(folder, manifest)
         self.models = {k: load_package(folder / v["file"]) for k, v in self.parts.items()}
         self.device = torch.device("cpu")
@@ -45,8 +48,8 @@ class Bundle:
     def run(self, name, **inputs):
         try:
             return self.models[name](inputs)[self.parts[name]["output"]]
-        except CheckError as e:
-            raise UserError(str(e)) from None
+        except (CheckError, LookupError) as e:
+            raise UserError(f"{name} of the bundle: {e}") from None
 
     def encode(self, captions: list[str], cut: bool = False) -> Text:
         ids, mask = self.vocabulary.tokenize(captions, self.L, cut)
@@ -121,7 +124,8 @@ def load_bundle(path) -> Bundle:
         manifest = json.loads((folder / "manifest.json").read_text())
         kind = SDBundle if manifest.get("target") == "sd" else Bundle
         return kind(folder, manifest)
-    except (CheckError, OSError, LookupError, TypeError, ValueError) as e:
+    except (CheckError, OSError, LookupError, TypeError, ValueError, AttributeError,
+            RecursionError) as e:
         what = e if isinstance(e, OSError | CheckError) else repr(e)        # they name a file
         raise UserError(f"{path} is no bundle of this version ({what}): make one with `python "
                         f"export_coreml.py --out {path}`") from None

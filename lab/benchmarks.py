@@ -43,7 +43,13 @@ def write_geneval(folder: Path, pictures, line: str):
 
 def read_dpg(folder: Path) -> dict[str, tuple]:
     """{ID.png: (prompt, "")} of DPG-Bench's folder of ID.txt."""
-    return {f"{p.stem}.png": (p.read_text().strip(), "") for p in sorted(folder.glob("*.txt"))}
+    found = {}
+    for p in sorted(folder.glob("*.txt")):
+        try:
+            found[f"{p.stem}.png"] = p.read_text(encoding="utf-8-sig").strip(), ""
+        except ValueError as e:
+            raise UserError(f"{p} is no text: {e}") from None
+    return found
 
 def write_dpg(path: Path, pictures, _):
     rows = [np.concatenate(pictures[:2], axis=1), np.concatenate(pictures[2:], axis=1)]
