@@ -28,14 +28,14 @@ import torch.nn.functional as F
 import plots
 from cache import empty_caption, make_cache
 from checkpoint import HUB, read_description, resolve
-from common import UserError, friendly, option, read_config
+from common import UserError, friendly, option
 from costs import tap_shape
 from data import Batch, FlowConfig
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, layer_norm, sd3_config
 from model import TextToLatents, count_params, load_model, network_of
 from sample import repeated
 from text import Text, TextConfig, load_encoders, on_device
-from train import TrainConfig, flow_loss, train
+from train import TrainConfig, flow_loss, read_training, train
 
 @dataclass
 class DistillConfig(TrainConfig):
@@ -324,7 +324,7 @@ def main(argv):
         return plots.scaling(argv[1])
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
-    cfg = read_config(DistillConfig(), argv, "configs/kd_nano.toml")
+    cfg = read_training(DistillConfig, argv, "configs/kd_nano.toml")
     if make:
         return make_cache(cfg, teacher_text(cfg))
     return train(cfg, lambda net: Distill(cfg, net))

@@ -604,6 +604,17 @@ def scenes_config(pipeline, folder, *changes):
 def spelled(batch):
     return [text.load_vocabulary().spell(row) for row in batch.text.ids]
 
+def test_init_brings_its_network_and_scenes(pipeline, tmp_path):
+    first = pipeline("train")
+    cfg = train.read_training(train.TrainConfig, [f"init={first}", "lr=0.5"], "configs/nano.toml")
+    known = json.loads((checkpoint.resolve(first) / "config.json").read_text())
+    assert asdict(cfg.model) == known["model"] and cfg.flow.shift == known["flow"]["shift"]
+    assert (cfg.data.size, cfg.lr, cfg.text.init) == (known["data"]["size"], 0.5, "")
+    words = [f"init={first}", "model.depth_mid=2", "data.size=64"]
+    cfg = train.read_training(train.TrainConfig, words, "configs/nano.toml")
+    assert cfg.model.depth_mid == 2 and cfg.data.size == 64     # what is said is said
+    assert cfg.model.widths == known["model"]["widths"]
+
 def test_batches_word_their_scenes_and_drop_some(pipeline, tmp_path):
     cfg = scenes_config(pipeline, tmp_path, "drop_caption=0.25")
     ae = decoder.load_autoencoder(pipeline.ae)

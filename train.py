@@ -34,11 +34,12 @@ from cache import (
     make_cache,
     open_cache,
 )
-from checkpoint import Run, load_into
+from checkpoint import Run, load_into, read_description, resolve
 from common import (
     UserError,
     autocast,
     by_turns,
+    fill,
     friendly,
     option,
     read_config,
@@ -74,7 +75,8 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     ae: str = "assets/ae"
-    init: str = ""                  # checkpoint whose weights a new run starts from
+    init: str = ""                  # checkpoint whose weights a new run starts from, and whose
+                                    # network, text encoder, flow and scenes are its defaults
     steps: int = option(4000, low=1)
     batch: int = option(64, low=1, high=65536)          # of a process and micro-batch
     accumulate: int = option(1, low=1, high=65536)
@@ -331,10 +333,26 @@ def save_gif(out):
         frames[0].save(out / "samples.gif", save_all=True, duration=500, loop=0,
                        append_images=frames[1:] + frames[-1:] * 4)
 
+def read_training(cls, argv: list[str], default: str):
+    """read_config() of a TrainConfig or a kind of it. What it does not say of the network, its text
+    encoder, the flow and the scenes is inherited from the checkpoint `init`, where there is one."""
+    cfg = read_config(cls(), argv, default)
+    if not cfg.init:
+        return cfg
+    if "--config" not in argv:
+        default = None                              # it describes another network
+    theirs, inherited = read_description(resolve(cfg.init)), cls()
+    own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in theirs}
+    own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout")}
+    fill(inherited, own, cfg.init)
+    inherited.text.init = ""                        # its states are in the checkpoint, taught on
+    return read_config(inherited, argv, default)
+
 def main(argv):
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
-    cfg = read_config(TrainConfig(), argv, "configs/folder.toml" if make else "configs/nano.toml")
+    default = "configs/folder.toml" if make else "configs/nano.toml"
+    cfg = read_training(TrainConfig, argv, default)
     make_cache(cfg) if make else train(cfg)
 
 if __name__ == "__main__":

@@ -201,9 +201,9 @@ def sd_unet_part(part):
         v = part.train(sample=x.float(), timestep=1000 * t[None].float(),
                        encoder_hidden_states=encoder_hidden_states)
         return (x + (1 - t) * v).float()
-    cases = []
-    for case, k in zip(part.cases, (999, 100)):
-        cases.append({**case, "timestep": torch.tensor([float(k)])})
+    # near k = 999 the answer is almost the input: a lone case is asked where v counts
+    steps = (999, 100) if len(part.cases) > 1 else (300,)
+    cases = [{**case, "timestep": torch.tensor([float(k)])} for case, k in zip(part.cases, steps)]
     return replace(part, form=SDUNet(part.form), train=train, cases=cases,
                    text="Latents, SD's timestep 0 to 999, text states -> noise")
 
