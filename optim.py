@@ -161,7 +161,8 @@ class Muon(torch.optim.Optimizer):
     def load_tensors(self, tensors: dict, what: str = "optimizer"):
         """The reverse of tensors(). UserError where keys or shapes are another network's."""
         own = self.tensors()
-        if {k: x.shape for k, x in own.items()} != {k: x.shape for k, x in tensors.items()}:
+        forms = [{k: (x.shape, x.dtype) for k, x in some.items()} for some in (own, tensors)]
+        if forms[0] != forms[1]:
             raise UserError(f"{what} belongs to another network or optimizer: resume with the "
                             "settings that the run began with, or give another out=")
         for key, x in own.items():

@@ -2749,7 +2749,8 @@ def test_a_mistyped_path_asks_no_hub(tmp_path, monkeypatch):
         decoder.load_autoencoder("hf:my/ae")
     assert asked == ["my/ae"] and distill.find_teacher("hf:a/b") == ("hub", "hf:a/b")
 
-@pytest.mark.parametrize("spoil", ["optimizer keys", "optimizer shape", "ema nan", "model kind"])
+@pytest.mark.parametrize("spoil", [
+    "optimizer keys", "optimizer shape", "optimizer kind", "ema nan", "model kind"])
 def test_a_state_of_another_form_is_refused(spoil, pipeline, tmp_path):
     out = shutil.copytree(pipeline("train"), tmp_path / "run")
     part, way = spoil.split()

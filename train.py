@@ -52,6 +52,7 @@ from data import (
     Batches,
     DataConfig,
     FlowConfig,
+    check_tables,
     latents_of,
     scenes_of,
     seeded,
@@ -342,6 +343,7 @@ def read_training(cls, argv: list[str], default: str):
     if "--config" not in argv:
         default = None                              # it describes another network
     theirs, inherited = read_description(resolve(cfg.init)), cls()
+    check_tables(theirs, cfg.init)
     own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in theirs}
     own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout")}
     fill(inherited, own, cfg.init)
