@@ -382,6 +382,8 @@ def main(argv):
         case ["--build-atlas", folder]:
             build_atlas(folder)
         case ["--show", path]:
+            if Path(path).suffix.lower() not in (".png", ".jpg", ".webp"):
+                raise UserError(f"--show '{path}': name a .png, .jpg or .webp file")
             scenes = Scenes(128, "train"), Scenes(128, "test")
             pictures, captions = zip(*(scenes[k % 2][k] for k in range(48)))
             grid(pictures, captions, 8).save(path)

@@ -246,8 +246,8 @@ def load_source(a) -> Source:
         if ae.cfg.decoder != "tiny":
             raise UserError(f"{a.ae} has SD3's decoder: only the tiny one is exported")
     grain = 8 * 2 ** (len(source.unet.cfg.widths) - 1)
-    if source.size % grain or source.size < grain:
-        raise UserError(f"--size {source.size}: this UNet draws multiples of {grain} pixels")
+    if source.size % grain or not grain <= source.size <= 4096:
+        raise UserError(f"--size {source.size}: this UNet draws multiples of {grain} up to 4096")
     return source
 
 def describe(source: Source, a) -> dict:
@@ -305,6 +305,8 @@ def export_bundle(a, source: Source, folder: Path) -> list[str]:
     return failed
 
 def export(a):
+    if not a.out.strip():
+        raise UserError("--out wants the name of a folder")
     out = Path(a.out).expanduser()
     refused = out.with_name(out.name + ".refused")
     coreai = a.target == "coreai"

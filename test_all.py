@@ -2919,6 +2919,8 @@ def test_a_ragged_log_loses_its_bad_rows_alone(pipeline, tmp_path):
     ("evaluate.py --batch 0", "wants 1 to"), ("evaluate.py --fd -1", "--fd"),
     ("evaluate.py --prompts 1 --out README.md", "README.md"), ("lab.plan gpus=0", "1 or more"),
     ("lab.plan mfu=-1", "more than 0"), ("data.py --show no/such/x.png", "no/such"),
+    ("data.py --show x", ".png"), ("data.py --export x 5", "20 to a million"),
+    ("export_coreml.py --size 4611686018427387904", "up to 4096"), ("data.py --exprt x", "--exprt"),
     ("sample.py dog -n 1000000000000", "-n"), ("evaluate.py --steps 1000000000000", "1 to 1000"),
     ("sample.py dog --out-dir README.md", "README.md"), ("train.py out=README.md", "README.md"),
     ("lab.benchmarks dpg {tmp} --out {tmp}/o", "a.txt"),
@@ -2944,6 +2946,8 @@ def test_a_long_prompt_of_a_benchmark_is_drawn_cut(tmp_path, capsys):
     checkpoint.save_checkpoint(tmp_path / "ae", {"model": ae.state_dict()}, about, latest=False)
     benchmarks.main(["dpg", f"{tmp_path}/p", "--ckpt", f"{tmp_path}/net", "--ae", f"{tmp_path}/ae",
                      "--out", f"{tmp_path}/o"])
+    (tmp_path / "g.jsonl").write_text('{"prompt": "a photo of a\u2028bench"}\n', encoding="utf-8")
+    assert len(benchmarks.read_geneval(tmp_path / "g.jsonl")) == 1      # U+2028 ends no line
     assert "drawn as 'A grey cat" in "".join(capsys.readouterr())
     assert (tmp_path / "o/1.png").is_file()
 
