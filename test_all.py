@@ -2924,6 +2924,7 @@ def test_a_ragged_log_loses_its_bad_rows_alone(pipeline, tmp_path):
     ("sample.py dog -n 1000000000000", "-n"), ("evaluate.py --steps 1000000000000", "1 to 1000"),
     ("sample.py dog --out-dir README.md", "README.md"), ("train.py out=README.md", "README.md"),
     ("lab.benchmarks dpg {tmp} --out {tmp}/o", "a.txt"),
+    ("lab.benchmarks geneval {tmp}/a.txt --out {tmp}/o", "a.txt"),
 ])
 def test_bad_words_on_the_command_line_are_one_line(words, said, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"\xff\xfe\x00")

@@ -26,12 +26,12 @@ EACH = 4    # pictures a prompt
 def read_geneval(path: Path) -> dict[str, tuple]:
     """{name of the folder: (prompt, its line of the file)}"""
     found = {}
-    lines = path.read_text(encoding="utf-8").strip().split("\n")    # not splitlines(): U+2028
-    for i, line in enumerate(lines):
-        try:
-            found[f"{i:05d}"] = json.loads(line)["prompt"], line
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{path} is not GenEval's evaluation_metadata.jsonl: {e!r}") from None
+    try:
+        lines = path.read_text(encoding="utf-8").strip().split("\n")    # not splitlines(): U+2028
+        for i, line in enumerate(lines):
+            found[f"{i:05d}"] = json.loads(line)["prompt"] + "", line   # TypeError: no string
+    except (ValueError, KeyError, TypeError, RecursionError) as e:
+        raise UserError(f"{path} is not GenEval's evaluation_metadata.jsonl: {e!r}") from None
     return found
 
 def write_geneval(folder: Path, pictures, line: str):
