@@ -68,7 +68,7 @@ def read_state(root: Path, settings: dict) -> dict | None:
         was = state["settings"]
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         raise UserError(f"{root}/cache.json is damaged: delete {root}, make it again") from None
     for key, now in settings.items():
         if was.get(key) != now and now is not None:     # None: not here, so not to be compared

@@ -348,7 +348,7 @@ def tell_info(path: str):
             about = json.loads(image.info[RECORD])
         line = (f"{command_of(about)}\n(commit {about['commit']}, {about['machine']}, torch "
                 f"{about['torch']}, {about['date']})")
-    except (OSError, LookupError, TypeError, ValueError):
+    except (OSError, LookupError, RecursionError, TypeError, ValueError):
         raise UserError(f"{path} does not say how it was drawn: PNG files of sample.py do, "
                         "unless another program saved them anew") from None
     print(line)

@@ -661,7 +661,7 @@ def test_processes_go_on_and_make_the_same_bytes(start_method, pipeline, tmp_pat
     monkeypatch.setattr(data, "PART", 2 * data.BATCH)
     for workers in (0, 2):
         out = tmp_path / f"{workers}"
-        sizes = ["data.size=8", "data.nouns=2", "data.pictures=1100"]
+        sizes = ["data.size=16", "data.nouns=2", "data.pictures=1100"]
         cfg = scenes_config(pipeline, out, *sizes, f"data.workers={workers}")
         if workers:
             dies = mock.Mock(wraps=slow, side_effect=[mock.DEFAULT] * 5 + [KeyboardInterrupt])

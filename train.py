@@ -101,16 +101,17 @@ class TrainConfig:
     device: str = "auto"
 
     def check(self):
-        grain, most = 8 * 2 ** (len(self.model.widths) - 1), 10**9
+        grain, most, limit = 8 * 2 ** (len(self.model.widths) - 1), float("inf"), ""
         if self.arch == "mmdit":
             grain = 8 * self.mmdit.patch
             most = grain * self.mmdit.position_max      # where its position table ends
+            limit = f", up to {most}"
         key, longest = "size", self.data.size
         if self.data.folder:
             key, longest = "bucket_step", longest * self.data.max_ratio**0.5
         if getattr(self.data, key) % grain or longest > most:
             raise UserError(f"data.{key}={getattr(self.data, key)}: the network draws multiples of "
-                            f"{grain} pixels, up to {most}")
+                            f"{grain} pixels{limit}")
         if self.text.kind != "own" and not self.data.folder:
             raise UserError(f"text.kind={self.text.kind} is read from a cache of your own pictures:"
                             " set data.folder, and run the same command with --cache first")
