@@ -20,6 +20,7 @@ from pathlib import Path
 
 from common import friendly, read_log
 from data import export_pictures
+from lab.fuzz import quicker
 from test_all import Pipeline
 
 TIMES = ("img/s", "mem", "mfu")         # columns of log.csv that differ each time
@@ -90,7 +91,7 @@ def main(argv):
     p.add_argument("--seed", type=int, default=0)
     a = p.parse_args(argv)
     rng, wrong = random.Random(a.seed), 0
-    with tempfile.TemporaryDirectory() as top:
+    with tempfile.TemporaryDirectory() as top, quicker():
         top = Path(top)
         pipeline, pictures = Pipeline(top / "pipeline"), top / "pictures"
         export_pictures(pictures, 60)
