@@ -610,6 +610,8 @@ def test_init_brings_its_network_and_scenes(pipeline, tmp_path):
     known = json.loads((checkpoint.resolve(first) / "config.json").read_text())
     assert asdict(cfg.model) == known["model"] and cfg.flow.shift == known["flow"]["shift"]
     assert (cfg.data.size, cfg.lr, cfg.text.init) == (known["data"]["size"], 0.5, "")
+    words = ["--config", "configs/folder.toml", f"init={first}"]        # of every stage
+    assert common.read_config(adv_distill.AdvConfig(), words).init == str(first)
     words = [f"init={first}", "model.depth_mid=2", "data.size=64"]
     cfg = train.read_training(train.TrainConfig, words, "configs/nano.toml")
     assert cfg.model.depth_mid == 2 and cfg.data.size == 64     # what is said is said
