@@ -112,7 +112,7 @@ class SDBundle(Bundle):
                     return ask(text)
                 noise = ask(empty)
                 return noise + cfg * (ask(text) - noise)
-            generator = torch.Generator().manual_seed(seed)
+            generator = torch.Generator().manual_seed(seed % 2**63)
             x = torch.randn(1, self.cfg.in_channels, n, n, generator=generator)
             x0 = SCHEDULERS[sampler](noise_of, x, len(steps) - 1)
             pictures += to_pictures(self.run("VAEDecoder", z=(x0 / SD_SCALE).float()))

@@ -235,7 +235,7 @@ that an app loads.
 
 | set | to | because |
 |---|---|---|
-| scheduler | DPM-Solver++ | PNDM, many apps' default, loses quality at few steps |
+| scheduler | DPM-Solver++ | PNDM, many apps' default, does as well |
 | steps | {steps} | |
 | guidance | {guidance} | {why} |
 | random numbers | torch | then a seed is that of `python sample.py --coreml` |
