@@ -348,14 +348,18 @@ def provenance(seed: int = 0) -> dict:
 
 def read_log(path) -> list[dict]:
     """Rows of a log.csv; [] where there is none. A line that is no row of numbers, such as one that
-    was cut short, is dropped."""
+    was cut short, is left out, and that is said."""
     path = Path(path)
     if not path.exists():
         return []
     keys, *lines = csv.reader(path.read_text(encoding="utf-8", errors="replace").split("\n"),
                               quoting=csv.QUOTE_NONE)
-    rows = [dict(zip(keys, line)) for line in lines if len(line) == len(keys)]
-    return [row for row in rows if is_row(row)]
+    whole = [dict(zip(keys, line)) for line in lines if len(line) == len(keys)]
+    rows = [row for row in whole if is_row(row)]
+    damaged = sum(map(bool, lines)) - len(rows)         # an empty line is no loss
+    if damaged:
+        print(f"{path}: {damaged} damaged lines are left out", flush=True)
+    return rows
 
 def is_row(row: dict) -> bool:
     """Whether a row of a log has a step, and numbers, with a unit or without, or nothing else."""

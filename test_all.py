@@ -2913,7 +2913,8 @@ def test_a_ragged_log_loses_its_bad_rows_alone(pipeline, tmp_path):
     log = (out / "log.csv").read_bytes().splitlines()
     log[2:2] = [b"x,1", b"1" + b",9" * 99, b"\xff\x00", b"3"]
     (out / "log.csv").write_bytes(b"\n".join(log) + b"\n-4,,\n4,0.5")
-    succeeds(*pipeline.command("train"), "steps=5", f"out={out}")
+    said = succeeds(*pipeline.command("train"), "steps=5", f"out={out}")
+    assert said.count("log.csv: 6 damaged lines are left out") == 1
     wanted = common.read_log(pipeline("train") / "log.csv")
     assert common.read_log(out / "log.csv")[:len(wanted)] == wanted
 
