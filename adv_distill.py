@@ -49,7 +49,6 @@ from common import (
     friendly,
     mean_over,
     option,
-    read_config,
     setup,
     use_bfloat16,
 )
@@ -61,7 +60,15 @@ from model import count_params, load_model
 from optim import EMA, Learner, Muon, average_gradients, rate
 from sample import euler, generate, sampling, times
 from text import Text, Tokens
-from train import Validation, draw_times, flow_loss, load_data, shown_prompts
+from train import (
+    Validation,
+    draw_times,
+    flow_loss,
+    learned_things,
+    load_data,
+    read_training,
+    shown_prompts,
+)
 
 READY = 0.62        # of the discriminator's answers are right: the generator begins
 
@@ -353,7 +360,8 @@ def distil(cfg: AdvConfig):
     if net.text is None:                    # the grids' text states come from the cache
         net.frozen.append(held_out)
     few = {"steps": cfg.K, "sampler": cfg.sampler, "cfg": 1.0, "shift": cfg.shift}
-    run = Run(cfg, device, rank, world, {"few_steps": few}, net.files(), SHOWN, **game.parts())
+    about = {"few_steps": few, "things": learned_things(cfg)}
+    run = Run(cfg, device, rank, world, about, net.files(), SHOWN, **game.parts())
     if rank == 0:
         sizes = [f"{name} {count_params(p.module) / 1e6:.2f} M" for name, p in game.players.items()]
         walk = " ".join(f"{t:.2f}" for t in game.walk.tolist())
@@ -423,7 +431,7 @@ def report_health(cfg: AdvConfig, run: Run, game: Game, ae, held_out, validation
 def main(argv):
     make = "--cache" in argv
     argv = [a for a in argv if a != "--cache"]
-    cfg = read_config(AdvConfig(), argv, "configs/adv_nano.toml")
+    cfg = read_training(AdvConfig, argv, "configs/adv_nano.toml")
     make_cache(cfg, teacher_text(cfg)) if make else distil(cfg)
 
 if __name__ == "__main__":

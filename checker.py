@@ -2,6 +2,7 @@
 It finds centre points (Zhou et al. 2019, "Objects as Points") and has 1.95 M parameters.
 
     python checker.py [key=value]       trains it, on renders alone; writes runs/checker/final
+    python checker.py init=assets/checker atlas=DIR steps=600       teaches it your sprites too
 
 B batch | n = 16 rows and columns of cells, each 4 px of a picture of 64 px | N pictures
 """
@@ -31,9 +32,8 @@ from optim import EMA, Learner, Muon, rate
 from scenes import COLOURS, NOUNS, SEEN_GAP, Scene, Scenes
 
 SIZE, CELLS = 64, 16            # its own resolution: larger pictures are reduced to it
-NOUN_LIST, COLOUR_LIST = list(NOUNS), list(COLOURS)
-NOUN_LOGITS = slice(4, 4 + len(NOUNS))          # channels of the head
-COLOUR_LOGITS = slice(4 + len(NOUNS), 4 + len(NOUNS) + len(COLOURS))
+COLOUR_LIST = list(COLOURS)
+NOUN_LOGITS, COLOUR_LOGITS = slice(4, -len(COLOURS)), slice(-len(COLOURS), None)    # of the head
 
 def conv_norm_silu(C_in, C_out, stride=1):
     conv = nn.Conv2d(C_in, C_out, 3, stride, 1, bias=False)
@@ -53,14 +53,15 @@ class Checker(nn.Module):
     """Pictures (B, 3, 64, 64) in [-1, 1] -> a map (B, 94, n, n) and features (B, 224).
     Channels of the map: the logit of "a centre is here"; its offset down and right within the
     cell; log size; 80 noun and 10 colour logits. The features are for the Frechet distance."""
-    def __init__(self):
+    def __init__(self, nouns=tuple(NOUNS)):
         super().__init__()
+        self.nouns = list(nouns)
         self.stem = nn.Sequential(conv_norm_silu(3, 32), conv_norm_silu(32, 48, 2))
         self.high = nn.Sequential(conv_norm_silu(48, 96, 2), CheckerBlock(96), CheckerBlock(96))
         self.low = nn.Sequential(
             conv_norm_silu(96, 128, 2), CheckerBlock(128), CheckerBlock(128), CheckerBlock(128))
         self.join = nn.Sequential(conv_norm_silu(96 + 128, 128), CheckerBlock(128))
-        self.head = nn.Conv2d(128, COLOUR_LOGITS.stop, 1)
+        self.head = nn.Conv2d(128, 4 + len(nouns) + len(COLOURS), 1)
         nn.init.constant_(self.head.bias[:1], -4.0)             # centres are rare
 
     def forward(self, x):
@@ -72,13 +73,34 @@ class Checker(nn.Module):
 
 def load_checker(path="assets/checker", device="cpu") -> Checker:
     """In fp32, frozen."""
-    _, state = load_checkpoint(path)
-    net = load_into(Checker(), state["model"], f"{path} as a checker (`python checker.py`)")
+    config, state = load_checkpoint(path)
+    net = Checker(config.get("things") or NOUNS)
+    net = load_into(net, state["model"], f"{path} as a checker (`python checker.py`)")
     return net.float().to(device).eval().requires_grad_(False)
+
+def first_checker(init: str, nouns: list[str]) -> Checker:
+    """With the weights of `init`, where there is one; its nouns must be the first of `nouns`."""
+    net = Checker(nouns)
+    if not init:
+        return net
+    theirs = load_checker(init)
+    known = theirs.nouns
+    if known != nouns[:len(known)]:
+        raise UserError(f"init={init} knows other things than the {len(nouns)} scenes have")
+    state = theirs.state_dict()
+    for key in "head.weight", "head.bias":
+        own = net.state_dict()[key]
+        own[:4 + len(known)] = state[key][:4 + len(known)]
+        own[COLOUR_LOGITS] = state[key][COLOUR_LOGITS]
+        state[key] = own
+    net.load_state_dict(state)
+    return net
 
 @dataclass
 class CheckerConfig:
     out: str = "runs/checker"
+    init: str = ""                              # a checker to start from
+    atlas: str = ""                             # a folder of sprites that are added
     steps: int = option(5000, low=1)
     batch: int = option(32, low=1, high=65536)
     lr: float = option(1e-3, above=0)
@@ -102,7 +124,7 @@ def render_batch(cfg: CheckerConfig, sources: list[Scenes], k: int):
         scenes.append(source.scene(k * cfg.batch + j))
         picture = source.render(scenes[-1])
         pictures.append(soften(picture, rng) if rng.random() < 0.5 else picture)
-    return torch.from_numpy(np.stack(pictures)), *targets(scenes)
+    return torch.from_numpy(np.stack(pictures)), *targets(scenes, source.nouns)
 
 def soften(picture, rng):
     """Blur and noise as a decoder leaves them: a mix with a reduced copy, then noise."""
@@ -113,7 +135,7 @@ def soften(picture, rng):
     noise = rng.normal(0, rng.uniform(0, 6), picture.shape)
     return (mixed + noise).clip(0, 255).astype(np.uint8)
 
-def targets(scenes: list[Scene]):
+def targets(scenes: list[Scene], nouns: list[str]):
     """The objects of scenes as a table, and the map of their centres (B, n, n).
     A row is [picture, row, column, dy, dx, log size, noun, colour (-1: the sprite's own)]."""
     table = []
@@ -125,7 +147,7 @@ def targets(scenes: list[Scene]):
             row, column = min(CELLS - 1, int(cy)), min(CELLS - 1, int(cx))
             group = scene.groups[index]
             colour = COLOUR_LIST.index(group.colour) if group.colour else -1
-            noun = NOUN_LIST.index(group.noun)
+            noun = nouns.index(group.noun)
             table.append([b, row, column, cy - row, cx - column, np.log(side), noun, colour])
             distance = (middle[:, None] - cy) ** 2 + (middle[None] - cx) ** 2       # (n, n)
             bump = torch.exp(-distance / (2 * (side * CELLS / 6) ** 2))
@@ -153,12 +175,15 @@ def train_checker(cfg: CheckerConfig):
     if world > 1:
         raise UserError("the checker is trained by one process: start it without torchrun")
     torch.manual_seed(cfg.seed)
-    net = Checker().to(device, memory_format=torch.channels_last)
+    sources = [Scenes(SIZE, "train", 77, layout=name, atlas=cfg.atlas, old=0.5)
+               for name in ("slots", "free")]
+    net = first_checker(cfg.init, sources[0].nouns)
+    net = net.to(device, memory_format=torch.channels_last)
     opt, ema = Muon(net, cfg.lr, cfg.muon_lr), EMA(net, cfg.ema)
     learner = Learner(net, opt, cfg.clip, ema)
-    run = Run(cfg, device, model=net, ema=ema, optimizer=opt)
+    run = Run(cfg, device, describe={"things": net.nouns}, model=net, ema=ema, optimizer=opt)
     amp = use_bfloat16(cfg.amp, device)
-    sources = [Scenes(SIZE, "train", seed=77, layout=name) for name in ("slots", "free")]
+    test = Scenes(SIZE, "test", 5, atlas=cfg.atlas, old=0.5)
     batches = torch.utils.data.DataLoader(
         range(run.step, cfg.steps), None, collate_fn=partial(render_batch, cfg, sources),
         num_workers=at_most_cores(cfg.workers))
@@ -175,7 +200,7 @@ def train_checker(cfg: CheckerConfig):
         if run.due():
             run.save()
             with ema.swapped():
-                shares, _ = ceiling(net.eval(), Scenes(SIZE, "test", seed=5), 100)
+                shares, _ = ceiling(net.eval(), test, 100)
             net.train()
             print(f"step {run.step}: right verdicts on held-out renders: {shares}", flush=True)
             run.restart_clock()
@@ -204,7 +229,7 @@ def look(net: Checker, pictures, batch: int = 128):
         seen += [[] for _ in images]
         for b, row, column in peaks.nonzero().tolist():
             values = out[b, :, row, column]                                 # (94,)
-            noun = NOUN_LIST[int(values[NOUN_LOGITS].argmax())]
+            noun = net.nouns[int(values[NOUN_LOGITS].argmax())]
             colour = COLOUR_LIST[int(values[COLOUR_LOGITS].argmax())]
             y, x = float(row + values[1]) / CELLS, float(column + values[2]) / CELLS
             seen[i + b].append(Seen(noun, colour, x, y))

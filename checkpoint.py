@@ -136,7 +136,8 @@ def resolve(path) -> Path:
     return path
 
 KINDS = {           # of the entries of config.json that are read
-    **dict.fromkeys(("step", "ema_steps"), int), **dict.fromkeys(("stage", "arch"), str),
+    "things": list, **dict.fromkeys(("step", "ema_steps"), int),
+    **dict.fromkeys(("stage", "arch"), str),
     **dict.fromkeys(("crc32", "model", "mmdit", "text", "data", "flow", "few_steps", "autoencoder"),
                     dict)}
 

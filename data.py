@@ -47,6 +47,8 @@ class DataConfig:
     pictures: int = option(20000, low=1, high=10**8)    # scenes, drawn once and kept as latents
     seed: int = option(0, low=0, high=2**64 - 1)
     atlas: str = ""             # a folder of your own sprites, named by noun
+    old: float = option(0.0, low=0, high=1)     # share of scenes of shipped nouns alone, beside
+                                # which the atlas's are learned; 0: the atlas's are the only ones
     workers: int = option(2, low=0)         # processes that draw and word scenes, or read pictures
     cache: str = "runs/cache"   # directory
     # your own pictures (pictures.py): their area is about size x size
@@ -170,7 +172,15 @@ BATCH = 64                      # scenes that a process draws or words at a time
 PART = 16 * BATCH               # scenes in a file of those that are done
 
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
-    return Scenes(cfg.size, split, cfg.seed, cfg.nouns, cfg.layout, atlas=cfg.atlas)
+    return Scenes(cfg.size, split, cfg.seed, cfg.nouns, cfg.layout, cfg.atlas, cfg.old)
+
+def known_things(config: dict) -> list[str]:
+    """The nouns that a checkpoint's description names; none where it learned from pictures."""
+    data = config["data"]
+    if data.get("folder"):
+        return []
+    shipped = [] if data.get("atlas") else list(NOUNS)[:data.get("nouns") or None]
+    return list(map(str, config.get("things") or shipped))
 
 def draw_scenes(scenes: Scenes, some: range, rows: np.ndarray):
     for i, row in zip(some, rows):
@@ -304,7 +314,7 @@ def content_key(cfg: DataConfig, *more) -> str:
     code = (ROOT / "scenes.py").read_text(encoding="utf-8")
     sprites = sorted(Path(cfg.atlas).glob("*")) if cfg.atlas else [ATLAS]
     files = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sprites if p.is_file()]
-    what = [code, files, cfg.nouns, cfg.layout, cfg.seed, *more]
+    what = [code, files, cfg.nouns, cfg.layout, cfg.seed, *more] + [cfg.old] * (cfg.old > 0)
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 def autoencoder_fingerprint(ae) -> str:

@@ -166,9 +166,14 @@ def evaluate(a):
         net, config = load_model(a.ckpt, device)
         ae = load_autoencoder(a.ae, device)
     data = config["data"]
-    source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"],
-                     atlas=data["atlas"])
+    source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"])
+    if not (a.old and data["old"]):
+        source = partial(source, atlas=data["atlas"], old=data["old"])
     test = source(seed=9)
+    if unknown := set(test.nouns) - set(checker.nouns):
+        raise UserError(f"{a.checker} does not know {', '.join(sorted(unknown))}: python checker.py"
+                        f" init={a.checker} atlas={data['atlas']} steps=600 teaches it; then add "
+                        "--checker runs/checker, or --old to score the shipped things alone")
     scenes = [test.scene(i, category) for category in test.categories for i in range(a.prompts)]
     word = wide if a.wording == "wide" else test.caption
     captions = [word(scene, random.Random(i))
@@ -245,6 +250,8 @@ def parse_evaluation(argv):
     p.add_argument("--each", type=int, default=4, help="pictures a prompt")
     p.add_argument("--wording", choices=("own", "wide"), default="own",
                    help="the grammar's own words, or free English (wording.py)")
+    p.add_argument("--old", action="store_true",
+                   help="prompts without the things that data.atlas added, as ever")
     p.add_argument("--fd", type=int, default=0, help="pictures for the Frechet distance")
     p.add_argument("--batch", type=int, default=32)
     p.add_argument("--out", default="", help="folder of score.json and score.png; default: --ckpt")

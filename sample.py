@@ -34,11 +34,11 @@ from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
 from common import ASSETS, UserError, autocast, friendly, provenance, setup, use_bfloat16
+from data import known_things
 from decoder import load_autoencoder, to_pictures
 from mmdit import MMDiTConfig
 from model import load_model
 from plots import grid
-from scenes import NOUNS
 from text import Text, join_texts
 from wording import all_known, unknown_things
 
@@ -309,11 +309,7 @@ def picture_size(asked: list[int], trained: int, network) -> int | tuple[int, in
 def tell_known(a, config: dict, net):
     """With --list all that a network of scenes knows, else the things of the prompts that it
     does not. It draws all the same."""
-    data = config["data"]
-    if data.get("folder") or data.get("atlas") or a.coreml or net.text is None:
-        known = []
-    else:
-        known = list(NOUNS)[:data.get("nouns") or None]
+    known = [] if a.coreml or net.text is None else known_things(config)
     if a.list:
         print(all_known(known) if known else "it learned from your pictures: see their captions")
     for prompt in a.prompts if known else ():

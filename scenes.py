@@ -149,14 +149,21 @@ ATLAS_COLUMNS, ATLAS_CELL = 10, 256
 
 class Sprites:
     """Sprites by noun, recoloured and resized on demand.
-    folder: transparent PNG or WebP files named by noun, instead of the atlas."""
-    def __init__(self, folder: str = ""):
-        self.folder = folder
+    folder: transparent PNG or WebP files named by noun, instead of the atlas or, with add, beside
+    it. new: the nouns that are added."""
+    def __init__(self, folder: str = "", add: bool = False):
+        self.folder, self.add = folder, add
         self.images = read_sprites(folder) if folder else read_atlas()
+        self.new = list(self.images) if add else []
+        for noun in self.new:
+            if noun in NOUNS or noun in SYNONYMS.values():
+                raise UserError(f"{folder}: '{noun}' is known already: give its file another name")
+        if add:
+            self.images = read_atlas() | self.images
         self.get = functools.lru_cache(8192)(self.draw)
 
     def __reduce__(self):
-        return Sprites, (self.folder,)      # a worker process opens its own
+        return Sprites, (self.folder, self.add)     # a worker process opens its own
 
     def draw(self, noun: str, colour: str, px: int):
         """(sprite, shadow): premultiplied RGBA of px by px; soft, in grey, larger on all sides."""
@@ -178,10 +185,21 @@ class Sprites:
 
 def read_sprites(folder: str) -> dict[str, Image.Image]:
     files = [p for p in sorted(Path(folder).glob("*")) if p.suffix.lower() in (".png", ".webp")]
-    images = {p.stem.replace("_", " "): square(Image.open(p)) for p in files}
-    if not images:
+    if not files:
         raise UserError(f"no .png or .webp sprites in {folder}: name them by noun, as dog.png")
-    return images
+    return {" ".join(p.stem.replace("_", " ").lower().split()): read_sprite(p) for p in files}
+
+def read_sprite(path: Path) -> Image.Image:
+    try:
+        image = Image.open(path).convert("RGBA")
+    except OSError as e:
+        raise UserError(f"{path} is not a picture, or damaged: {e}") from None
+    least, most = image.getchannel("A").getextrema()
+    if most <= 8:
+        raise UserError(f"{path} is empty: all of it is transparent")
+    if least > 8:
+        raise UserError(f"{path} is opaque: make what is around the thing transparent")
+    return square(image)
 
 def read_atlas() -> dict[str, Image.Image]:
     try:
@@ -223,12 +241,16 @@ def recolour(image: Image.Image, rgb) -> Image.Image:
 class Scenes:
     """scenes[i] -> (picture uint8 (size, size, 3), caption), for any i >= 0.
     split: train or test (see above); nouns: the first so many, 0 = all; layout: slots (objects in
-    the middle of their cells) or free (anywhere within them)."""
+    the middle of their cells) or free (anywhere within them).
+    atlas: a folder of sprites. Where old is more than 0 their nouns are added to the shipped ones:
+    that share of training scenes shows shipped ones alone, each other scene a new one."""
     def __init__(self, size: int = 64, split: str = "train", seed: int = 0, nouns: int = 0,
-                 layout: str = "slots", atlas: str = ""):
+                 layout: str = "slots", atlas: str = "", old: float = 0.0):
         self.size, self.split, self.seed, self.layout = size, split, seed, layout
-        self.sprites = Sprites(atlas)
-        self.nouns = list(self.sprites.images)[:nouns or None]
+        self.sprites = Sprites(atlas, add=bool(atlas) and old > 0)
+        self.new, self.old = self.sprites.new, old
+        shipped = [noun for noun in self.sprites.images if noun not in self.new]
+        self.nouns = shipped[:nouns or None] + self.new
         if len(self.nouns) < 2:
             raise UserError(f"scenes want at least two nouns, got {self.nouns}")
         self.categories = (*CATEGORIES, "three") if len(self.nouns) > 2 else CATEGORIES
@@ -247,8 +269,9 @@ class Scenes:
         if training and "three" in self.categories:
             share["three"] = THREE_SHARE
         category = category or rng.choices(list(share), list(share.values()))[0]
+        fresh = bool(self.new) and not (training and rng.random() < self.old)
         for _ in range(1000):
-            s = self.compose(rng, category)
+            s = self.compose(rng, category, fresh)
             if training and len(s.groups) == 2 and not s.relation and rng.random() < 0.5:
                 s.relation = rng.choice(list(RELATIONS))    # captions that say more teach more
             # one noun alone is no combination: only the seeds differ
@@ -262,9 +285,16 @@ class Scenes:
         s.seed = rng.getrandbits(31)
         return s
 
-    def compose(self, rng, category) -> Scene:
-        """What is in a scene; where it is comes later."""
-        a, b = rng.sample(self.nouns, 2)
+    def some_nouns(self, rng, n: int, fresh: bool) -> list[str]:
+        """n of them; fresh: the first is new. Else none is, where there are new ones."""
+        if not fresh:
+            return rng.sample(self.nouns[:len(self.nouns) - len(self.new)], n)
+        first = rng.choice(self.new)
+        return [first, *rng.sample([noun for noun in self.nouns if noun != first], n - 1)]
+
+    def compose(self, rng, category, fresh: bool = False) -> Scene:
+        """What is in a scene; where it is comes later. fresh: a new noun is."""
+        a, b = self.some_nouns(rng, 2, fresh)
         c, d = rng.sample(list(COLOURS), 2)
         relation = rng.choice(list(RELATIONS))
         s = Scene(category, [Group(a)])
@@ -280,7 +310,7 @@ class Scenes:
             case "attribution":
                 s.groups = [Group(a, c), Group(b, d)]
             case "three":
-                s.groups = [Group(noun) for noun in rng.sample(self.nouns, 3)]
+                s.groups = [Group(noun) for noun in self.some_nouns(rng, 3, fresh)]
             case "mixed":
                 s.groups = []
                 for noun, colour in ((a, c), (b, d))[:rng.choice((1, 2, 2))]:

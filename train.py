@@ -43,6 +43,7 @@ from common import (
     friendly,
     option,
     read_config,
+    read_toml,
     setup,
     use_bfloat16,
 )
@@ -169,6 +170,10 @@ def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
     scenes = [test.scene(i, CATEGORIES[i % len(CATEGORIES)]) for i in range(cfg.samples)]
     return [test.caption(scene, random.Random(0)) for scene in scenes]
 
+def learned_things(cfg: TrainConfig) -> list[str]:
+    """The nouns of its scenes: what sample.py says that the network knows."""
+    return [] if cfg.data.folder else scenes_of(cfg.data).nouns
+
 class Validation:
     """Held-out loss on fixed pictures, noise and times, in 8 bins of t.
     Equal for all runs on the same data. The network is asked in parts of a training batch."""
@@ -233,7 +238,8 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     parts = {"model": net, "ema": ema, "optimizer": opt}
     if beside:                              # trained and checkpointed, not averaged, not exported
         parts["beside"] = beside
-    run = Run(cfg, device, rank, world, files=net.files(), **parts)
+    things = {"things": learned_things(cfg)}
+    run = Run(cfg, device, rank, world, things, net.files(), **parts)
     if rank == 0:
         own = count_params(net.denoiser) / 1e6
         print(f"{cfg.out}: {own:.2f} M {type(net.denoiser).__name__} + "
@@ -341,12 +347,12 @@ def read_training(cls, argv: list[str], default: str):
     cfg = read_config(cls(), argv, default)
     if not cfg.init:
         return cfg
-    if "--config" not in argv:
+    if "--config" not in argv and "init" not in read_toml(default):
         default = None                              # it describes another network
     theirs, inherited = read_description(resolve(cfg.init)), cls()
     check_tables(theirs, cfg.init)
     own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in theirs}
-    own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout")}
+    own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout", "atlas", "old")}
     fill(inherited, own, cfg.init)
     inherited.text.init = ""                        # its states are in the checkpoint, taught on
     return read_config(inherited, argv, default)

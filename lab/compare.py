@@ -25,7 +25,7 @@ from scenes import CATEGORIES, Scenes
 def held_out_captions(data: dict, prompts: int) -> list[str]:
     """So many captions of each category, of combinations that were never trained on."""
     scenes = Scenes(data["size"], "test", seed=13, nouns=data["nouns"], layout=data["layout"],
-                    atlas=data["atlas"])
+                    atlas=data["atlas"], old=data["old"])
     places = product(range(prompts), CATEGORIES)
     return [scenes.caption(scenes.scene(i, kind), random.Random(i)) for i, kind in places]
 

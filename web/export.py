@@ -33,10 +33,10 @@ import torch.nn.functional as F
 
 from checkpoint import VERSION, crc32, replacing
 from common import UserError, friendly, json_text, provenance
+from data import known_things
 from decoder import load_autoencoder, to_tensor
 from model import count_params, load_model
 from sample import euler, generate, sampling
-from scenes import NOUNS
 from text import Text, Tokens
 from wording import unknown_things
 
@@ -292,9 +292,7 @@ def fill_site(a, folder: Path) -> list[str]:
     (folder / "captions.tiktoken").write_bytes(net.vocabulary.data)
     for name in PAGE:
         shutil.copy(Path(__file__).parent / name, folder / name)
-    data, few = config["data"], config["few_steps"]["steps"]
-    own = data.get("folder") or data.get("atlas")
-    known = [] if own else list(NOUNS)[:data.get("nouns") or None]
+    few, known = config["few_steps"]["steps"], known_things(config)
     manifest = {
         "version": VERSION, "git": provenance()["commit"], "source": str(a.ckpt), "size": size,
         "parameters": count_params(net) + count_params(ae.decoder),
