@@ -1092,6 +1092,27 @@ def test_shipped_autoencoder_reaches_its_psnr():
     assert train_decoder.reconstruct(ae, 256, 2)[0] >= 34
     assert train_decoder.reconstruct(ae, 64, 12)[0] >= 28.5
 
+@pytest.mark.parametrize("kind", ["emoji", "photos"])
+def test_a_set_that_nobody_here_made_becomes_a_folder(kind, tmp_path):
+    if kind == "emoji":
+        images = tmp_path / "package/img/google/64"
+        images.mkdir(parents=True)
+        rows = [dict(name=name, short_name="x", subcategory="sky-&-weather", unified=code,
+                     image=f"{code.lower()}.png")
+                for name, code in (("RINGED PLANET", "1FA90"), ("", "1F44B-1F3FB"))]
+        (tmp_path / "package/emoji.json").write_text(json.dumps(rows))
+        for row in rows:
+            Image.new("RGBA", (64, 64)).save(images / row["image"])
+        succeeds("lab.sets", kind, tmp_path / "package", tmp_path / "set")
+        assert (tmp_path / "set/1fa90.txt").read_text() == "ringed planet, sky & weather\n"
+        fails_in_one_line(command("lab.sets", kind, tmp_path, tmp_path / "set"), "emoji.json")
+    else:
+        pytest.importorskip("skimage")
+        pytest.importorskip("sklearn")
+        succeeds("lab.sets", kind, tmp_path / "set")
+    found = len(list((tmp_path / "set").glob("*.png")))
+    assert found == {"emoji": 1, "photos": 6 * 49}[kind]    # skin tones are left out
+
 # ---------------------------------------------------------------------------- checker.py
 def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
     atlas, add, eye = lay_sprites(tmp_path, "blorp"), tmp_path / "add", tmp_path / "checker"

@@ -11,7 +11,6 @@ in the READMEs of the two packages; most are public domain or Creative Commons.
 import argparse
 import json
 import random
-import shutil
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ PHOTOS = {      # of skimage.data and sklearn.datasets, in colour
     "flower.jpg": "an orange dahlia in front of leaves",
 }
 
-def save(image: Image.Image, folder: Path, name: str, caption: str):
+def keep(image: Image.Image, folder: Path, name: str, caption: str):
     image.save(folder / f"{name}.png")
     (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
 
@@ -42,9 +41,8 @@ def lay_emoji(package: Path, folder: Path) -> int:
         if not picture.is_file() or any(tone in row["unified"] for tone in SKIN_TONES):
             continue
         name = (row["name"] or row["short_name"].replace("_", " ")).lower()
-        group = row["subcategory"].replace("-", " ")
-        shutil.copy(picture, folder / f"{picture.stem}.png")
-        (folder / f"{picture.stem}.txt").write_text(f"{name}, {group}\n", encoding="utf-8")
+        caption = f"{name}, {row['subcategory'].replace('-', ' ')}"
+        keep(Image.open(picture), folder, picture.stem, caption)
         n += 1
     return n
 
@@ -56,19 +54,19 @@ def photograph(name: str) -> Image.Image:
     return Image.fromarray(getattr(skimage.data, name)())
 
 def lay_photos(folder: Path, each: int = 48) -> int:
-    """Each photograph whole, and crops of it with the place where they are from."""
+    """Each photograph whole, and crops of it, whose captions say which part they show."""
     rng = random.Random(0)
     for name, caption in PHOTOS.items():
         image = photograph(name).convert("RGB")
         stem, (width, height) = name.split(".")[0], image.size
-        save(image, folder, stem, caption)
+        keep(image, folder, stem, caption)
         for k in range(each):
             side = rng.randint(min(width, height) // 3, min(width, height))
             left, top = rng.randint(0, width - side), rng.randint(0, height - side)
             across = ("left", "middle", "right")[min(2, 3 * (left + side // 2) // width)]
             down = ("top", "middle", "bottom")[min(2, 3 * (top + side // 2) // height)]
             crop = image.crop((left, top, left + side, top + side))
-            save(crop, folder, f"{stem}_{k:02}", f"{caption}, cut from the {down} {across}")
+            keep(crop, folder, f"{stem}_{k:02}", f"{caption}, cut from the {down} {across}")
     return len(PHOTOS) * (each + 1)
 
 def main(argv):
@@ -83,7 +81,7 @@ def main(argv):
         raise UserError(f"{package[0]} has no emoji.json: give the folder that the tar unpacks to")
     folder.mkdir(parents=True, exist_ok=True)
     n = lay_emoji(*package, folder) if package else lay_photos(folder)
-    print(f"{folder}: {n} pictures; next: python train.py --cache --config configs/folder.toml "
+    print(f"{folder}: {n} pictures; next: python train.py --config configs/folder.toml "
           f"data.folder={folder}")
 
 if __name__ == "__main__":
