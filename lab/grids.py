@@ -7,9 +7,9 @@
 ablation trains configs/ablation.toml once for each row of model.LADDER, scores it, and times one
 denoising step of all rows in turns. distillation trains configs/kd_nano.toml in each of KD_ROWS
 with each seed, all from one teacher (train configs/teacher_nano.toml before); then the student
-alone again, for as long as the slowest row took, and, with one seed, for as long as that and the
-teacher's own training take. adversarial trains configs/adv_nano.toml in each of ADV_ROWS, all from
-one student, with equal steps of the generator. Run the same command again to go on.
+alone again, for as long as the slowest row took. adversarial trains configs/adv_nano.toml in each
+of ADV_ROWS, all from one student, with equal steps of the generator. Run the same command again to
+go on.
 """
 import argparse
 import json
@@ -63,7 +63,6 @@ KD_ROWS = {     # of DistillConfig
 # its student has learned guidance 2: drawn with 2 more, it has the 4 of all others
 SCORED_WITH = {"output, no data, guidance 2": ["--cfg", "2"]}
 LONGER = "alone, as long as the slowest"
-LONGEST = "alone, the teacher's time too"
 TEACHER = "the teacher"
 ADV_ROWS = {    # of AdvConfig
     "KD alone": ["method=kd"],
@@ -189,16 +188,12 @@ def distillation_grid(args):
             cfgs[row] = read_config(DistillConfig(), [*words, *keys])
     seconds = step_seconds(cfgs, device)
     slowest = cfg.steps * max(seconds[row] for row in cfgs if row != TEACHER)
-    in_all = slowest + outcome(taught)["steps"] * seconds[TEACHER]
-    commands = {}
-    for row, budget, some in ((LONGER, slowest, seeds), (LONGEST, in_all, seeds[:1])):
-        cfgs[row], seconds[row] = cfgs["alone"], seconds["alone"]
-        keys = [*KD_ROWS["alone"], f"steps={round(budget / seconds[row])}"]
-        commands |= seed_commands(args, {row: keys}, base, some)
-    run_rows(commands, base, args.jobs)
+    cfgs[LONGER], seconds[LONGER] = cfgs["alone"], seconds["alone"]
+    keys = [*KD_ROWS["alone"], f"steps={round(slowest / seconds[LONGER])}"]
+    run_rows(seed_commands(args, {LONGER: keys}, base, seeds), base, args.jobs)
 
     found = {"rows": {}}
-    for row in [*KD_ROWS, LONGER, LONGEST, TEACHER]:
+    for row in [*KD_ROWS, LONGER, TEACHER]:
         if row in cfgs:
             outcomes = [outcome(run) for run in scored_runs(row, base)]
             steps, batch = outcomes[-1]["steps"], cfgs[row].batch * cfgs[row].accumulate
