@@ -45,6 +45,7 @@ from common import (
     autocast,
     by_turns,
     check_config,
+    command_line,
     fill,
     friendly,
     mean_over,
@@ -393,8 +394,8 @@ def distil(cfg: AdvConfig):
 
     final = {**net.state_dict(), **game.ema.state_dict()}
     if run.finish(final) and rank == 0:
-        print(f"done: {run.out}/final; try `python sample.py \"{prompts[0]}\" --ckpt "
-              f"{run.out}`")
+        again = command_line(["python", "sample.py", prompts[0], "--ckpt", run.out])
+        print(f"done: {run.out}/final; try `{again}`")
 
 def pull_warnings(rows: list[dict]) -> list[str]:
     """A line where the discriminator pulls far less or far more than L_kd does, in rows of a log.

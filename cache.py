@@ -30,7 +30,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import resolve, write_whole
-from common import UserError, at_most_cores, autocast, setup, use_bfloat16
+from common import UserError, at_most_cores, autocast, command_line, setup, use_bfloat16
 from data import Batch, autoencoder_fingerprint, seeded, whose_turn
 from decoder import encode_pictures, load_autoencoder, to_tensor
 from pictures import Prepared, find_pictures, listing_key
@@ -64,7 +64,7 @@ def cache_settings(cfg, ae, download: bool = False) -> dict:
 def read_state(root: Path, settings: dict) -> dict | None:
     """cache.json; None where there is none. UserError where it was made with other settings."""
     try:
-        state = json.loads((root / "cache.json").read_text())
+        state = json.loads((root / "cache.json").read_text("utf-8"))
         was = state["settings"]
     except FileNotFoundError:
         return None
@@ -151,26 +151,27 @@ def judge_autoencoder(cfg, ae, items, device, n: int = 64):
             groups[tuple(picture.shape)].append(picture)
     for (H, W, _), pictures in groups.items():
         for some in torch.as_tensor(np.stack(pictures)).split(max(1, STEP // (H * W))):
-            begin = time.time()
+            begin = time.perf_counter()
             latents = encode_pictures(ae, some, device).float().to(device)  # (B, C, h, w)
             with autocast(device, use_bfloat16("auto", device)):
                 y = ae.decode(latents).float().cpu().clamp(-1, 1)           # (B, 3, H, W)
             error = (y - to_tensor(some)).square().mean((1, 2, 3)) / 4      # (B,)
             values += (-10 * error.clamp(min=1e-9).log10()).tolist()
-            seconds.append((time.time() - begin) * STEP / (len(some) * H * W))
+            seconds.append((time.perf_counter() - begin) * STEP / (len(some) * H * W))
     if not values:
         return
     psnr, verdict = sum(values) / len(values), "fine"
     if psnr < FINE:
         minutes = 3 * TAUGHT * statistics.median(seconds) / 60      # forwards and backwards
-        verdict = (f"poor, and what it loses no network brings back. First run `python "
-                   f"train_decoder.py folder={cfg.data.folder} init={cfg.ae} steps={TAUGHT} "
-                   f"out=runs/my_ae`, about {math.ceil(minutes)} minutes, then add "
-                   "ae=runs/my_ae/final")
+        teach = command_line(["python", "train_decoder.py", f"folder={cfg.data.folder}",
+                              f"init={cfg.ae}", f"steps={TAUGHT}", "out=runs/my_ae"])
+        verdict = (f"poor, and what it loses no network brings back. First run `{teach}`, about "
+                   f"{math.ceil(minutes)} minutes, then add ae=runs/my_ae/final")
     print(f"{cfg.ae} keeps {len(values)} of these pictures at {psnr:.1f} dB: {verdict}", flush=True)
 
 def write_state(root: Path, state: dict):
-    write_whole(root / "cache.json", lambda p: p.write_text(json.dumps(state, indent=1)))
+    text = json.dumps(state, indent=1)
+    write_whole(root / "cache.json", lambda p: p.write_text(text, "utf-8"))
 
 def shard_path(root: Path, k: int, prefix: str = "") -> Path:
     return root / f"{prefix}{k:06d}.safetensors"
@@ -190,7 +191,9 @@ def write_shards(cfg, items, mine: list[int], ae, encode, device, quiet: bool):
     todo = [i for k in mine for i in range(k * d.shard, min(len(items), (k + 1) * d.shard))]
     workers = at_most_cores(d.workers)
     prepared = Prepared([items[i] for i in todo], d)
-    loader = torch.utils.data.DataLoader(prepared, batch_size=None, num_workers=workers)
+    loader = torch.utils.data.DataLoader(
+        prepared, batch_size=None, num_workers=workers,
+        generator=torch.Generator())        # or the network's first weights would be others
     bar = tqdm(loader, f"read and encode {d.folder}", unit="picture", disable=quiet)
     rows = []
     for (picture, words), i in zip(bar, todo):

@@ -22,6 +22,7 @@ from common import (
     at_most_cores,
     autocast,
     friendly,
+    layout,
     option,
     read_config,
     setup,
@@ -178,7 +179,7 @@ def train_checker(cfg: CheckerConfig):
     sources = [Scenes(SIZE, "train", 77, layout=name, atlas=cfg.atlas, old=0.5)
                for name in ("slots", "free")]
     net = first_checker(cfg.init, sources[0].nouns)
-    net = net.to(device, memory_format=torch.channels_last)
+    net = net.to(device, memory_format=layout(device))
     opt, ema = Muon(net, cfg.lr, cfg.muon_lr), EMA(net, cfg.ema)
     learner = Learner(net, opt, cfg.clip, ema)
     run = Run(cfg, device, describe={"things": net.nouns}, model=net, ema=ema, optimizer=opt)
@@ -190,7 +191,7 @@ def train_checker(cfg: CheckerConfig):
 
     for step, (pictures, table, heat) in zip(run.steps(), batches):
         opt.schedule(rate(cfg, step))
-        x = to_tensor(pictures).to(device, memory_format=torch.channels_last)
+        x = to_tensor(pictures).to(device, memory_format=layout(device))
         with autocast(device, amp):
             out, _ = net(x)
         loss = checker_loss(out, table.to(device), heat.to(device))

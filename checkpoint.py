@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 import zlib
 from collections import defaultdict
@@ -31,6 +32,7 @@ from common import (
     duration,
     is_disk_full,
     mean_over,
+    patiently,
     peak_memory,
     read_log,
     short,
@@ -67,7 +69,7 @@ def write_whole(path: Path, save):
         save(temporary)
         temporary.chmod(mode)                               # safetensors writes 0600
         sync(temporary)
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
         sync(path.parent)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -89,12 +91,13 @@ def replacing(path, latest: bool = True):
         yield temporary
         sync(temporary)
         if path.exists():
-            path.rename(old)
-        temporary.rename(path)
+            patiently(path.rename, old)
+        patiently(temporary.rename, path)
         sync(path.parent)
         shutil.rmtree(old, ignore_errors=True)
         if latest:
-            write_whole(path.with_name("latest"), lambda file: file.write_text(path.name))
+            newest = path.name.encode()
+            write_whole(path.with_name("latest"), lambda file: file.write_bytes(newest))
     except BaseException as e:
         shutil.rmtree(temporary, ignore_errors=True)
         if old.exists() and not path.exists():
@@ -117,7 +120,7 @@ def save_checkpoint(path, tensors: dict, config: dict, latest: bool = True, file
             write_whole(folder / name, lambda file, d=data: file.write_bytes(d))
             sums[name] = crc32(folder / name)
         text = json.dumps({**config, "version": VERSION, "crc32": sums}, indent=1)
-        write_whole(folder / "config.json", lambda file: file.write_text(text))
+        write_whole(folder / "config.json", lambda file: file.write_text(text, "utf-8"))
 
 def resolve(path) -> Path:
     """A checkpoint's directory, or a run's (then the one that `latest` names).
@@ -127,7 +130,7 @@ def resolve(path) -> Path:
         path = ROOT / path                                  # "assets/ae" from any directory
     pointer = path / "latest"
     if pointer.is_file():
-        path = path / Path(pointer.read_text(errors="replace").strip()[:99]).name
+        path = path / Path(pointer.read_text("utf-8", "replace").strip()[:99]).name
         if not path.exists():
             path = path.with_name(path.name + ".old")       # killed between two renames of a save
     if not path.is_dir():
@@ -145,7 +148,7 @@ def read_description(path: Path) -> dict:
     """A checkpoint's config.json."""
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text("utf-8"))
         if not isinstance(config, dict):
             raise ValueError("no table of settings")
         for key, kind in KINDS.items():
@@ -306,11 +309,15 @@ class Run:
         return config["step"]
 
     def steps(self):
-        """Yields the number of each step, from 0, until cfg.steps or SIGTERM."""
-        def on_sigterm(*_):
+        """Yields the number of each step, from 0, until cfg.steps or SIGTERM (on Windows, which
+        lacks it, Ctrl+Break). A thread, such as an app's, gets no signals."""
+        def on_signal(*_):
             self.stop = True
 
-        previous = signal.signal(signal.SIGTERM, on_sigterm)
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in {getattr(signal, "SIGBREAK", signal.SIGTERM), signal.SIGTERM}:
+                previous[number] = signal.signal(number, on_signal)
         try:
             for step in range(self.start, self.cfg.steps):
                 if step % 5 == 0:                           # together: a rank alone would wait
@@ -320,7 +327,8 @@ class Run:
                 self.step = step + 1
                 yield step
         finally:
-            signal.signal(signal.SIGTERM, previous)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     def due(self) -> bool:
         """Whether this step ends with a save and an evaluation."""

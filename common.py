@@ -8,12 +8,14 @@ import json
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 import tomllib
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -36,7 +38,7 @@ def friendly():
         sys.exit(f"error: {one_line(e)}")
     except KeyboardInterrupt:
         sys.exit("stopped by the keyboard")
-    except (OSError, SafetensorError, MemoryError, RuntimeError) as e:
+    except (OSError, SafetensorError, MemoryError, RuntimeError, ModuleNotFoundError) as e:
         how = how_to_mend(e)
         if not how:
             raise
@@ -59,6 +61,8 @@ def how_to_mend(e: BaseException) -> str:
         return "out of memory: lower batch, the picture's size or the network's (docs/FAQ.md)"
     if isinstance(e, dist.DistError) or "gloo" in said or "ncclSystem" in said:
         return "another process of this training ended first; what it said tells why"
+    if isinstance(e, ModuleNotFoundError):
+        return "install it by `pip install -r requirements.txt` (coremltools: not on Windows)"
     if isinstance(e, (OSError, SafetensorError)):
         return "check that the path exists and may be read and written"
     return ""
@@ -104,10 +108,13 @@ def fill(obj, values: dict, where: str = "config", prefix: str = ""):
             setattr(obj, key, value)
     return obj
 
+BACKSLASHES = "; a path with backslashes wants '...' instead of \"...\", or slashes"
+
 def check_text(value: str, default, name: str, where: str):
     """UserError where a text cannot be a name or a path, or is empty where it must not be."""
     if not value.isprintable():
-        raise UserError(f"{where}: '{name}' has characters that cannot be printed: {value!r}")
+        hint = BACKSLASHES if re.search("[\b\t\n\f\r]", value) else ""
+        raise UserError(f"{where}: '{name}' has characters that cannot be printed: {value!r}{hint}")
     if default and not value.strip():
         raise UserError(f"{where}: '{name}' must not be empty; by default it is {default!r}")
 
@@ -186,23 +193,25 @@ def check_folder(path: str):
 
 def read_toml(path) -> dict:
     """A TOML file; a relative path is looked up here, then in the repository."""
-    path = Path(path).expanduser()
+    path, text = Path(path).expanduser(), ""
     if not path.exists() and (ROOT / path).is_file():
         path = ROOT / path
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text("utf-8-sig")      # Windows' editor may begin with a mark
+        return tomllib.loads(text)
     except FileNotFoundError:
         known = ", ".join(sorted(f"configs/{p.name}" for p in ROOT.glob("configs/*.toml")))
         raise UserError(f"no config file {path}; there are: {known}") from None
     except (ValueError, RecursionError, IsADirectoryError) as e:
-        raise UserError(f"{path} is not valid TOML: {e}") from None
+        hint = BACKSLASHES if re.search(r'= *"[^"\n]*\\', text) else ""
+        raise UserError(f"{path} is not valid TOML: {e}{hint}") from None
 
 def parse_override(cfg, argument: str) -> dict:
     """"model.depth_mid=2" -> {"model": {"depth_mid": 2}}"""
     key, equals, text = argument.removeprefix("--").partition("=")
     if not equals:
         raise UserError(f"what is '{argument}'? Write --config FILE and key=value, such as "
-                        "steps=60 (without dashes) or data.folder='my pictures'")
+                        "steps=60 (without dashes) or \"data.folder=my pictures\"")
     try:
         value = tomllib.loads(f"v = {text}")["v"]
     except (ValueError, RecursionError):
@@ -217,18 +226,43 @@ def parse_override(cfg, argument: str) -> dict:
     return value
 
 # ---------------------------------------------------------------------------- devices and processes
+class Abilities(NamedTuple):
+    """What kinds of devices differ in. float64: no device is asked for it, since MPS has none."""
+    backend: str                    # by which processes exchange tensors; "": they cannot
+    layout: torch.memory_format     # of pictures (B, C, H, W) in memory
+    bfloat16_since: int             # this version of macOS
+
+DEVICES = {
+    "cpu": Abilities("gloo", torch.channels_last, 0),
+    "cuda": Abilities("nccl", torch.channels_last, 0),
+    # from PyTorch's documentation and issues (139386; 174345 and 180984 on channels_last, which is
+    # silently wrong for some views): nothing of this was run on MPS here
+    "mps": Abilities("", torch.contiguous_format, 14),
+}
+
+def layout(device: torch.device) -> torch.memory_format:
+    """Where it is channels_last, convolutions are faster, and tokens (B, H W, C) are views."""
+    return DEVICES.get(device.type, DEVICES["cpu"]).layout      # meta: as the CPU
+
 def pick_device(name: str = "auto") -> torch.device:
-    """auto: CUDA, else Apple's MPS, else the CPU. UserError where the device is not there."""
+    """auto: CUDA, else Apple's MPS, else the CPU; for torchrun's processes no MPS, which they
+    cannot share. UserError where the device is not there."""
     has_cuda = torch.cuda.is_available()
     has_mps = torch.backends.mps.is_available()
+    together = int(os.environ.get("WORLD_SIZE", 1)) > 1
     if name == "auto":
-        name = "cuda" if has_cuda else "mps" if has_mps else "cpu"
+        name = "cuda" if has_cuda else "mps" if has_mps and not together else "cpu"
     if (name.startswith("cuda") and not has_cuda) or (name == "mps" and not has_mps):
         raise UserError(f"device '{name}' is not available here; use cpu, or leave it at auto")
     try:
-        return torch.device(name)
+        device = torch.device(name)
     except RuntimeError:
-        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps") from None
+        device = None
+    if not device or device.type not in DEVICES:
+        raise UserError(f"unknown device '{name}': use auto, cpu, cuda, cuda:1 or mps")
+    if together and not DEVICES[device.type].backend:
+        raise UserError(f"{device} cannot be shared by several processes: set device=cpu")
+    return device
 
 def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     """(device, rank, world size). Joins the process group where torchrun started us."""
@@ -245,7 +279,7 @@ def setup(device: str = "auto") -> tuple[torch.device, int, int]:
     if dev.type == "cuda":
         dev = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(dev)
-    dist.init_process_group("nccl" if dev.type == "cuda" else "gloo")
+    dist.init_process_group(DEVICES[dev.type].backend)
     return dev, dist.get_rank(), world
 
 def die_with_parent():
@@ -283,11 +317,14 @@ def mean_over(x: torch.Tensor, world: int) -> torch.Tensor:
 def use_bfloat16(amp: str, device: torch.device) -> bool:
     """Whether a run computes in bfloat16. auto: on CUDA, and on CPUs that have the instructions: it
     doubles the speed of training there; on a CPU that imitates it, it is many times slower."""
+    macos, since = platform.mac_ver()[0].split(".")[0], DEVICES[device.type].bfloat16_since
+    if amp == "bfloat16" and int(macos or 99) < since:      # "": another system
+        raise UserError(f"{device} has no bfloat16 before macOS {since}: set amp=float32")
     if amp != "auto":
         return amp == "bfloat16"
     if device.type == "cpu":
         with contextlib.suppress(OSError):              # /proc is Linux's
-            flags = Path("/proc/cpuinfo").read_text()
+            flags = Path("/proc/cpuinfo").read_text("utf-8")
             return "avx512_bf16" in flags or "amx_bf16" in flags
     return device.type == "cuda"
 
@@ -332,7 +369,7 @@ def provenance(seed: int = 0) -> dict:
     """Where a number comes from: commit ("+": files outside of docs/ differ), machine, date."""
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, capture_output=True).stdout.decode("utf-8").strip()
 
     commit = ""
     with contextlib.suppress(OSError):                  # git may not be installed
@@ -340,7 +377,7 @@ def provenance(seed: int = 0) -> dict:
         commit += "+" * bool(git("status", "--porcelain", "-uno", "--", ":!docs"))
     machine = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, TypeError):       # /proc is Linux's
-        machine = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        machine = re.search("model name.*: (.*)", Path("/proc/cpuinfo").read_text("utf-8"))[1]
     if torch.cuda.is_available():
         machine = torch.cuda.get_device_name()
     return {"commit": commit, "machine": f"{machine}, {os.cpu_count()} CPU cores",
@@ -369,6 +406,19 @@ def is_row(row: dict) -> bool:
         return False
     return bool(numbers) and row.get("step", "").isdecimal()
 
+def patiently(rename, *where):
+    """rename(*where); on Windows again for some seconds, while a scanner has the file open."""
+    for seconds in (0.1, 0.5, 2.0) if os.name == "nt" else ():
+        with contextlib.suppress(PermissionError):
+            return rename(*where)
+        time.sleep(seconds)
+    return rename(*where)
+
+def command_line(words) -> str:
+    """A command as this system's shell wants it, with quotes where they are needed."""
+    join = subprocess.list2cmdline if os.name == "nt" else shlex.join
+    return join(list(map(str, words)))
+
 def write_log(path: Path, rows: list[dict]):
     """All rows of a log.csv, whose columns are all keys in order of appearance."""
     temporary = path.with_suffix(".tmp")
@@ -377,7 +427,11 @@ def write_log(path: Path, rows: list[dict]):
             writer = csv.DictWriter(f, list(dict.fromkeys(k for row in rows for k in row)))
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(temporary, path)
+        patiently(os.replace, temporary, path)
+    except PermissionError:
+        if os.name != "nt":
+            raise
+        print(f"{path} is open in another program: its new rows come when it is closed", flush=True)
     finally:
         temporary.unlink(missing_ok=True)               # of a full disk
 

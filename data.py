@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from checkpoint import write_whole
-from common import ROOT, UserError, at_most_cores, fill, friendly, option
+from common import ROOT, UserError, at_most_cores, fill, friendly, option, patiently
 from decoder import encode_pictures
 from plots import grid
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
@@ -259,7 +259,7 @@ def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     """Tokens of WORDINGS captions of each of n training scenes, since wording each batch anew would
     hold up a GPU: ids (n, WORDINGS, L), lengths (n, WORDINGS), int16. cfg: a TrainConfig."""
     words = hashlib.sha256(vocabulary.data).hexdigest(), vocabulary.pattern
-    words += ((ROOT / "wording.py").read_text(encoding="utf-8"),)
+    words += ((ROOT / "wording.py").read_text("utf-8"),)
     key = content_key(cfg.data, *words, cfg.text.max_tokens, cfg.seed, n)
     path = Path(cfg.data.cache) / f"words-{n}-{key}.safetensors"
     def make():
@@ -282,12 +282,13 @@ def kept_tensors(path: Path, make, **rows: int) -> dict[str, torch.Tensor]:
             return tensors
         except SafetensorError as e:
             print(f"{path} is damaged ({e}): making it again", flush=True)
+            tensors = None                              # Windows deletes no file that is mapped
             path.unlink()
     tensors, parts = make(), path.with_suffix(".parts")
     with contextlib.suppress(FileNotFoundError):        # a run beside this one is done, removed it
         parts.mkdir(parents=True, exist_ok=True)
         write_whole(parts / path.name, partial(save_file, tensors))
-        os.replace(parts / path.name, path)
+        patiently(os.replace, parts / path.name, path)
     return kept_tensors(path, make, **rows)
 
 def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:
@@ -311,7 +312,7 @@ def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:
 
 def content_key(cfg: DataConfig, *more) -> str:
     """A name for all that scenes depend on: their code, the sprites, the settings, and `more`."""
-    code = (ROOT / "scenes.py").read_text(encoding="utf-8")
+    code = (ROOT / "scenes.py").read_text("utf-8")
     sprites = sorted(Path(cfg.atlas).glob("*")) if cfg.atlas else [ATLAS]
     files = [(p.name, hashlib.sha256(p.read_bytes()).hexdigest()) for p in sprites if p.is_file()]
     what = [code, files, cfg.nouns, cfg.layout, cfg.seed, *more] + [cfg.old] * (cfg.old > 0)
@@ -369,7 +370,7 @@ def export_pictures(folder, n: int, size: int = 192):
             w, h = rng.randint(100, 192), rng.randint(100, 192)
         image = Image.fromarray(picture).resize((w * size // 192, h * size // 192))
         image.save(folder / f"{i:05d}.jpg", quality=92)
-        (folder / f"{i:05d}.txt").write_text(caption + "\n")
+        (folder / f"{i:05d}.txt").write_text(caption + "\n", "utf-8")
     spoilt = random.Random(0).sample(range(n), 10)
     for way, i in enumerate(spoilt):
         spoil(folder / f"{i:05d}.jpg", way)

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import checkpoint
-from common import UserError, attention, autocast, fill, option, use_bfloat16
+from common import UserError, attention, autocast, fill, layout, option, use_bfloat16
 
 @dataclass
 class AutoencoderConfig:
@@ -184,7 +184,7 @@ class Autoencoder(nn.Module):
         """Normalised latents (B, latent, h, w) -> pictures (B, 3, 8h, 8w), about [-1, 1]."""
         z = latents / self.cfg.scale + self.cfg.shift
         if not torch.is_grad_enabled():                             # a fourth faster on a CPU
-            z = z.contiguous(memory_format=torch.channels_last)
+            z = z.contiguous(memory_format=layout(z.device))
         return self.decoder(z)
 
 def to_tensor(pictures):
@@ -201,7 +201,7 @@ def to_pictures(images) -> list[np.ndarray]:
 @torch.inference_mode()
 def encode_pictures(ae: Autoencoder, pictures, device):
     """uint8 (B, H, W, 3) -> normalised latents (B, latent, h, w) in fp16 on the CPU."""
-    ae = ae.to(memory_format=torch.channels_last)       # with bfloat16, 3.5 times faster on a CPU
+    ae = ae.to(memory_format=layout(device))            # with bfloat16, 3.5 times faster on a CPU
     with autocast(device, use_bfloat16("auto", device)):
         return ae.encode(to_tensor(pictures).to(device)).half().contiguous().cpu()
 

@@ -203,7 +203,7 @@ def evaluate(a):
     print_table(result)
     if a.fd:
         result |= distances(draw, checker, source(seed=11), a.fd)
-    (folder / "score.json").write_text(json_text(result))
+    (folder / "score.json").write_text(json_text(result), "utf-8")
     contact_sheet(pictures, captions, verdicts, a.prompts, a.each).save(folder / "score.png")
     print(f"\n{folder}/score.json, {folder}/score.png")
 

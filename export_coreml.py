@@ -285,22 +285,23 @@ def export_bundle(a, source: Source, folder: Path) -> list[str]:
     manifest, parts = describe(source, a) | {"parts": {}}, make_parts(source)
     if a.target == "sd":
         parts = sd_parts(parts, source, folder)
-        (folder / "README.md").write_text(readme(manifest))
+        (folder / "README.md").write_text(readme(manifest), "utf-8")
     elif source.own_text:
         manifest["tokens"] = write_vocabulary(source.net, folder)
     for part in parts:
         row, missed = export_part(part, folder, a.bits)
         manifest["parts"][part.name] = row
         failed += missed
-    (folder / "compile.sh").write_text(COMPILE)
+    (folder / "compile.sh").write_text(COMPILE, "utf-8", newline="\n")
     file = folder / "manifest.json"
-    file.write_text(json.dumps(manifest, indent=1))
+    file.write_text(json.dumps(manifest, indent=1), "utf-8")
     if source.own_text and not failed:
         manifest["picture"] = picture_gate(a, folder, source.size)
         if not manifest["picture"] >= PICTURE[a.bits]:
             failed.append(f"picture {manifest['picture']:.1f} dB < {PICTURE[a.bits]}")
     seconds, peak = time.time() - begin, peak_memory(torch.device("cpu"))
-    file.write_text(json.dumps(manifest | {"seconds": seconds, "peak_gib": peak}, indent=1))
+    manifest |= {"seconds": seconds, "peak_gib": peak}
+    file.write_text(json.dumps(manifest, indent=1), "utf-8")
     print(f"{seconds:.0f} s, {peak:.1f} GiB at most")
     return failed
 

@@ -21,7 +21,6 @@ import gc
 import json
 import math
 import os
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -33,7 +32,16 @@ import torch
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
-from common import ASSETS, UserError, autocast, friendly, provenance, setup, use_bfloat16
+from common import (
+    ASSETS,
+    UserError,
+    autocast,
+    command_line,
+    friendly,
+    provenance,
+    setup,
+    use_bfloat16,
+)
 from data import known_things
 from decoder import load_autoencoder, to_pictures
 from mmdit import MMDiTConfig
@@ -336,7 +344,7 @@ def command_of(about: dict) -> str:
         unset = value == "" or (key, value) in (("shift", 0.0), ("interval", [0.0, 1.0]))
         if not unset and not (about["coreml"] and key in ("ae", "size")):
             words += [f"--{key}", *(value if isinstance(value, list) else [value])]
-    return shlex.join(map(str, [*words, "-n", about["n"]]))
+    return command_line([*words, "-n", about["n"]])
 
 def tell_info(path: str):
     try:

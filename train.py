@@ -39,6 +39,7 @@ from common import (
     UserError,
     autocast,
     by_turns,
+    command_line,
     fill,
     friendly,
     option,
@@ -267,7 +268,7 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     if run.finish(final) and rank == 0:
         save_gif(run.out)
         print(f"done: {run.out}/final, samples_{run.step:07d}.png, loss.png; try "
-              f"`python sample.py \"{prompts[0]}\" --ckpt {run.out}`")
+              f"`{command_line(['python', 'sample.py', prompts[0], '--ckpt', run.out])}`")
 
 def first_network(cfg: TrainConfig) -> TextToLatents:
     """The network that a new run starts from: cfg.init, or new with the text encoder text.init."""

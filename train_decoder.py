@@ -21,7 +21,16 @@ import torch.nn.functional as F
 
 import common
 from checkpoint import Run, load_into, read_tensors
-from common import UserError, autocast, friendly, option, read_config, setup, use_bfloat16
+from common import (
+    UserError,
+    autocast,
+    friendly,
+    layout,
+    option,
+    read_config,
+    setup,
+    use_bfloat16,
+)
 from data import DataConfig, seeded
 from decoder import Autoencoder, AutoencoderConfig, load_autoencoder, to_pictures, to_tensor
 from optim import EMA, Learner, Muon, rate
@@ -185,11 +194,11 @@ def make_autoencoder(cfg: DecoderConfig, device) -> Autoencoder:
     if cfg.init:
         start = load_autoencoder(cfg.init)
         cfg.autoencoder = start.cfg
-        return start.requires_grad_(True).train().to(device, memory_format=torch.channels_last)
+        return start.requires_grad_(True).train().to(device, memory_format=layout(device))
     torch.manual_seed(cfg.seed)
     ae = Autoencoder(cfg.autoencoder)
     ae.encoder = frozen.encoder if frozen else ae.encoder
-    return ae.to(device, memory_format=torch.channels_last)
+    return ae.to(device, memory_format=layout(device))
 
 def autoencoder_loss(cfg, ae, x, step, amp, lpips=None):
     """Outputs (B, 3, H, W) for pictures x, their loss without the GAN, and parts for the log."""
@@ -231,7 +240,7 @@ def train_decoder(cfg: DecoderConfig):
 
     for step in run.steps():
         opt.schedule(rate(cfg, step))
-        x = batch_of(cfg, step, picture).to(device, memory_format=torch.channels_last)
+        x = batch_of(cfg, step, picture).to(device, memory_format=layout(device))
         y, loss, values = autoencoder_loss(cfg, ae, x, step, amp, lpips)
         adversarial = step >= cfg.gan_start * cfg.steps
         if adversarial:
@@ -279,7 +288,7 @@ def measure_decoder(path, out="recon.png", table=None):
         print(f"held-out scenes, {size} px: {result['psnr'][size]:.2f} dB PSNR ({n} pictures)")
     recon_picture(pairs).save(out)
     if table:
-        Path(table).write_text(json.dumps(result, indent=1))
+        Path(table).write_text(json.dumps(result, indent=1), "utf-8")
 
 if __name__ == "__main__":
     with friendly():

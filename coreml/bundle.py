@@ -121,7 +121,7 @@ class SDBundle(Bundle):
 def load_bundle(path) -> Bundle:
     folder = Path(path).expanduser()
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = json.loads((folder / "manifest.json").read_text("utf-8"))
         kind = SDBundle if manifest.get("target") == "sd" else Bundle
         return kind(folder, manifest)
     except (CheckError, OSError, LookupError, TypeError, ValueError, AttributeError,

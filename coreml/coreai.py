@@ -48,4 +48,4 @@ def export_coreai(parts, folder: Path, about: dict):
         print(f"{part.name:12} {checks[part.name]:.1f} dB by Apple's runtime", flush=True)
         if not checks[part.name] >= 50:
             raise UserError(f"refused: {part.name} reaches {checks[part.name]:.1f} dB of 50")
-    (folder / "metadata.json").write_text(json.dumps(about | {"checks": checks}, indent=1))
+    (folder / "metadata.json").write_text(json.dumps(about | {"checks": checks}, indent=1), "utf-8")

@@ -55,7 +55,7 @@ def spoil_json(rng, file: Path):
             b'{"a":' * 50000, rng.randbytes(99), b"NaN", b"9" * 5000)))
         return
     try:
-        whole = json.loads(file.read_text())
+        whole = json.loads(file.read_text("utf-8"))
         *way, last = rng.choice(list(places_of(whole)))
     except (ValueError, IndexError):
         return file.write_bytes(rng.randbytes(99))          # `latest`
@@ -66,7 +66,7 @@ def spoil_json(rng, file: Path):
         del inner[last]
     else:
         inner[last] = rng.choice(VALUES)
-    file.write_text(json.dumps(whole))
+    file.write_text(json.dumps(whole), "utf-8")
 
 def spoil_text(rng, file: Path):
     """A log's lines: ragged, doubled, cut, with bytes that are no text."""
@@ -152,7 +152,7 @@ def spoil_pictures(rng, folder: Path):
     new = folder / f"bad{rng.randrange(99)}.{rng.choice(('png', 'jpg', 'webp', 'jpeg', 'PNG'))}"
     if way < 3:
         new.write_bytes(bad_picture(rng))
-        new.with_suffix(".txt").write_text("a dog")
+        new.with_suffix(".txt").write_text("a dog", "utf-8")
     elif way < 6:
         (folder / "bad.tar").write_bytes(bad_tar(rng))
     elif way == 6:
@@ -172,7 +172,7 @@ def spoil_pictures(rng, folder: Path):
             Path(os.fsdecode(odd + suffix)).write_bytes(data)
     elif way == 9:
         os.mkfifo(new)
-        new.with_suffix(".txt").write_text("a dog")
+        new.with_suffix(".txt").write_text("a dog", "utf-8")
     elif way == 10:
         new.symlink_to(rng.choice((folder / "gone", new, folder, "/dev/zero", "/proc/self/mem")))
         (folder / "loop").symlink_to(folder)

@@ -82,7 +82,7 @@ def forget_peak(device) -> float:
     else:
         with contextlib.suppress(OSError, AttributeError):  # not on Linux
             ctypes.CDLL("libc.so.6").malloc_trim(0)         # what keep_memory_mapped() kept
-            Path("/proc/self/clear_refs").write_text("5")   # see man 5 proc
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")   # see man 5 proc
     return peak_memory(device)
 
 # ------------------------------------------------------------------------- networks
@@ -278,7 +278,7 @@ def main(argv):
     for subject in SUBJECTS if "all" in args.subjects else args.subjects:
         about = {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
         found = SUBJECTS[subject](args, device) | about
-        (folder / f"bench_{subject}.json").write_text(json.dumps(found, indent=1))
+        (folder / f"bench_{subject}.json").write_text(json.dumps(found, indent=1), "utf-8")
         print(tables.TABLES[f"bench_{subject}"](folder), f"\n{folder}/bench_{subject}.json\n")
 
 if __name__ == "__main__":

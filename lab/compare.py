@@ -51,7 +51,7 @@ def comparison_page(names, captions, first, second) -> str:
                       "flip": flip})
     rng.shuffle(pairs)
     data = json.dumps({"id": time.time(), "a": names[0], "b": names[1], "pairs": pairs})
-    page = (ROOT / "lab/compare.html").read_text()
+    page = (ROOT / "lab/compare.html").read_text("utf-8")
     return page.replace("/*DATA*/null", data.replace("</", "<\\/"))
 
 def main(argv):
@@ -63,7 +63,7 @@ def main(argv):
     args.out.parent.mkdir(parents=True, exist_ok=True)      # now, not after all is drawn
     captions = held_out_captions(load_model(args.checkpoints[0])[1]["data"], 10)
     drawn = [draw_prompts(ckpt, captions, ae=args.ae) for ckpt in args.checkpoints]
-    args.out.write_text(comparison_page(args.checkpoints, captions, *drawn))
+    args.out.write_text(comparison_page(args.checkpoints, captions, *drawn), "utf-8")
     print(f"{args.out}: {len(captions)} pairs; open it in a browser")
 
 if __name__ == "__main__":

@@ -190,9 +190,9 @@ def spoil_tensors(rng, folder: Path, name: str, ways):
         for k in floating if way == "huge" else ():         # finite, but what is drawn is not
             state[k] = torch.full_like(state[k], largest)
     save_file(state, file)
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     config["crc32"][file.name] = crc32(file)
-    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "config.json").write_text(json.dumps(config), "utf-8")
 
 @kind
 def states(rng, home, folder):

@@ -93,7 +93,7 @@ def row_commands(args, script: str, out: Path, keys) -> list[list[str]]:
 
 def run_row(row: str, commands: list[list[str]], base: Path):
     """Its commands one after the other, what they print in base/ROW.txt."""
-    with open(base / f"{row}.txt", "a") as out:
+    with open(base / f"{row}.txt", "a", encoding="utf-8") as out:
         for command in commands:
             status = subprocess.run(command, cwd=ROOT, stdout=out, stderr=out).returncode
             if status:
@@ -119,7 +119,7 @@ def run_rows(commands: dict[str, list[list[str]]], base: Path, jobs: int):
 
 def scored(folder: Path) -> dict:
     """What a table shows of folder/score.json, and what tables.paired compares."""
-    found = json.loads((folder / "score.json").read_text())
+    found = json.loads((folder / "score.json").read_text("utf-8"))
     kept = ("ckpt", "scores", "rights", "fd", "precision", "recall", *tables.PROMPTS)
     return {key: found[key] for key in kept if key in found}
 
@@ -134,7 +134,7 @@ def write_result(args, cfg, found: dict):
     about = {"command": command, "config": args.config, **provenance(cfg.seed)}
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{args.grid}.json").write_text(json_text(about | found))
+    (folder / f"{args.grid}.json").write_text(json_text(about | found), "utf-8")
     print(tables.TABLES[args.grid](folder))
 
 # ------------------------------------------------------------------------- distillation

@@ -31,7 +31,7 @@ def start(words: list) -> int:
     sys.stdout.flush()
     if pid := os.fork():
         return pid
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), \
+    with open(os.devnull, "w", encoding="utf-8") as nothing, contextlib.redirect_stdout(nothing), \
             contextlib.redirect_stderr(nothing):
         sys.argv = list(map(str, words))
         try:

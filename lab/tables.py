@@ -58,7 +58,7 @@ def read_result(folder, name: str) -> dict:
     """folder/NAME.json. UserError where it is missing or no JSON."""
     path = Path(folder) / f"{name}.json"
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError) as e:
         raise UserError(f"cannot read {path} ({e}): the line below its table in docs/ has the "
                         "command that makes it") from None
@@ -352,8 +352,8 @@ def fill_tables(text: str, folder=RESULTS) -> str:
 def main():
     for page in PAGES:
         path = ROOT / page
-        text = path.read_text()
-        path.write_text(fill_tables(text))
+        text = path.read_text("utf-8")
+        path.write_text(fill_tables(text), "utf-8", newline="\n")
         print(f"{page}: {len(MARKED.findall(text))} tables")
 
 if __name__ == "__main__":

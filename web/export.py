@@ -208,7 +208,7 @@ def npm_pack(folder: Path) -> Path:
         raise UserError(f"npm is missing: install Node.js, or give --ort the archive that `npm "
                         f"pack onnxruntime-web@{ORT_WEB}` leaves on another machine")
     words = [npm, "pack", f"onnxruntime-web@{ORT_WEB}", "--silent"]
-    done = subprocess.run(words, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, encoding="utf-8")
     archives = list(folder.glob("*.tgz"))
     if done.returncode or not archives:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -304,7 +304,7 @@ def fill_site(a, folder: Path) -> list[str]:
         "preview": preview_of(net, ae, size, how), "known": known,
         "examples": [e for e in EXAMPLES if known and not unknown_things(e, known)],
     }
-    (folder / "manifest.json").write_text(json_text(manifest))
+    (folder / "manifest.json").write_text(json_text(manifest), "utf-8")
     tell_download(folder, manifest)
     return failed
 
