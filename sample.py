@@ -239,9 +239,14 @@ def load(ckpt: str = "", ae: str = "assets/ae", device: str = "auto"):
     return draw
 
 # ---------------------------------------------------------------------------- the command line
+def utf8(word: str) -> str:
+    """An argument whose bytes are UTF-8, in whatever locale Python took it apart."""
+    return word.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    p.add_argument("prompts", nargs="*", help="what to draw, one picture or more for each")
+    p.add_argument("prompts", nargs="*", type=utf8,
+                   help="what to draw, one picture or more for each")
     p.add_argument("--list", action="store_true", help="tell what the model knows, draw nothing")
     p.add_argument("--ckpt", default="", help="checkpoint or run; default: assets/fast")
     p.add_argument("--base", action="store_true", help="assets/scenes: before step distillation")

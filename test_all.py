@@ -16,6 +16,7 @@ Contents
     web/                                             the site: its files, its page in a browser
     lab/                                             benchmarks, grids, plans, tables
     commands                                         README's commands; bad input; who imports whom
+    every platform                                   macOS, Windows: paths, locales, spawn, MPS
     gpu                                              the stages on CUDA
 """
 import ast
@@ -55,6 +56,7 @@ import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adv_distill
 import adversaries
@@ -3236,6 +3238,206 @@ def test_files_and_functions_are_short_and_names_unique():
         kinds = (ast.FunctionDef, ast.ClassDef)
         seen.update(node.name for node in tree.body if isinstance(node, kinds) and not tests)
     assert {name for name, n in seen.items() if n > 1} <= {"main", "parse"}, seen.most_common(9)
+# ---------------------------------------------------------------------------- every platform
+def text_calls_without_encoding(tree):
+    """Lines that read or write text, or a command's words, in whatever encoding the locale has."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        keys = {key.arg for key in node.keywords}
+        plain_open = isinstance(node.func, ast.Name) and name == "open"
+        plain_open &= "b" not in "".join(map(ast.unparse, node.args[1:2]))
+        if name in ("read_text", "write_text") or plain_open or keys >= {"text", "capture_output"}:
+            said = {ast.unparse(x) for x in node.args} | keys
+            if not said & {"encoding", "'utf-8'", "'utf-8-sig'"}:
+                yield node.lineno
+
+def test_every_file_of_text_is_utf8():
+    bad = ast.parse("p.read_text()\np.write_text(x)\nopen(p)\nopen(p, 'a')\nopen(p, 'rb')")
+    assert list(text_calls_without_encoding(bad)) == [1, 2, 3, 4]
+    found = {path: list(text_calls_without_encoding(ast.parse(source)))
+             for path, source in SOURCES.items() if path != "test_all.py"}
+    assert not any(found.values()), found
+
+def test_git_keeps_bytes_and_names_fit_windows():
+    def git(*words):
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, encoding="utf-8")
+
+    if not (ROOT / ".git").exists():
+        pytest.skip("this is no clone")
+    said = git("check-attr", "text", "assets/fast/captions.tiktoken").stdout
+    assert said.endswith("text: unset\n")
+    names = git("ls-files").stdout.splitlines()
+    forbidden = re.compile(r'[<>:"\\|?*]|[ .](/|$)|(^|/)(con|aux|nul|prn)\b', re.I)
+    odd = list(filter(forbidden.search, names))
+    assert len(names) > 100 and not odd and len({n.lower() for n in names}) == len(names)
+
+def test_paths_with_backslashes_and_blanks_are_read(tmp_path):
+    def folder(*words):
+        return common.read_config(train.TrainConfig(), words).data.folder
+
+    for path in (r"C:\dir\new", r"\\host\my pictures", r"D:\Käfer"):
+        assert folder(f"data.folder={path}") == folder(f"data.folder='{path}'") == path
+        (tmp_path / "ü.toml").write_text(f"[data]\nfolder = '{path}'\n", "utf-8-sig")
+        assert folder("--config", str(tmp_path / "ü.toml")) == path
+    for path in (r"C:\Users", r"C:\new", r"C:\dir"):        # \U, \n and \d of TOML
+        (tmp_path / "a.toml").write_text(f'[data]\nfolder = "{path}"\n', "utf-8")
+        with pytest.raises(UserError, match="a path with backslashes wants '...'"):
+            folder("--config", str(tmp_path / "a.toml"))
+
+def test_windows_waits_for_files_and_quotes_as_its_shell_does(tmp_path, monkeypatch, capsys):
+    from unittest import mock
+    words = ["python", "sample.py", "a \"red\" car", "--ckpt", r"runs\my cat"]
+    assert shlex.split(common.command_line(words)) == words
+    refused = mock.Mock(side_effect=[PermissionError, PermissionError, "moved"])
+    monkeypatch.setattr(common.time, "sleep", lambda seconds: None)
+    with pytest.raises(PermissionError):                    # elsewhere that is final
+        common.patiently(refused)
+    refused.side_effect = [PermissionError, PermissionError, "moved"]
+    monkeypatch.setattr(common, "os", SimpleNamespace(name="nt", replace=refused))
+    assert common.patiently(refused, 1, 2) == "moved" and refused.call_args.args == (1, 2)
+    assert common.command_line(words).endswith(r'"a \"red\" car" --ckpt "runs\my cat"')
+    refused.side_effect = PermissionError                   # a table program holds the log
+    common.write_log(tmp_path / "log.csv", [{"step": 1}])
+    assert "open in another program" in capsys.readouterr().out and not any(tmp_path.iterdir())
+
+@pytest.mark.parametrize("where", ["Ctrl+Break of Windows", "a thread"])
+def test_a_run_stops_by_signals_and_runs_in_threads(where, tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    cfg = SimpleNamespace(out=tmp_path, steps=3, log_every=1, eval_every=9)
+    monkeypatch.setattr(checkpoint, "asdict", vars)
+    run, seen = checkpoint.Run(cfg, torch.device("cpu")), []
+
+    def train_it():
+        for step in run.steps():
+            seen.append(step)
+            if where != "a thread":
+                signal.raise_signal(signal.SIGUSR1)
+
+    worker = threading.Thread(target=train_it)
+    if where == "a thread":
+        worker.start()
+        worker.join()
+        assert seen == [0, 1, 2]
+    else:
+        train_it()
+        assert seen == [0] and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+
+@pytest.mark.skipif(sys.platform != "linux", reason="it looks into /proc")
+def test_what_a_checkpoint_is_read_from_is_closed(pipeline, tmp_path):
+    """Windows replaces no file that is mapped."""
+    words = [*pipeline.command("train"), f"out={tmp_path}"]
+    succeeds(*words, "steps=2")
+    keep = model.load_model(tmp_path), decoder.load_autoencoder(pipeline.ae)
+    cfg = common.read_config(train.TrainConfig(), words[1:])
+    net = keep[0][0]
+    run = checkpoint.Run(cfg, net.device, model=net)
+    maps = Path("/proc/self/maps").read_text("utf-8")
+    assert run.step == 2 and str(tmp_path) not in maps and str(pipeline.ae) not in maps
+
+@pytest.mark.slow
+def test_spawned_workers_make_the_same_cache(pipeline, own, tmp_path):
+    was, numbers = multiprocessing.get_start_method(), torch.get_rng_state()
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        cache.make_cache(own_config(pipeline, own[0], tmp_path, "data.workers=2"))
+    finally:
+        multiprocessing.set_start_method(was, force=True)
+    there, whole = ({p.name: p.read_bytes() for p in root.iterdir()} for root in (tmp_path, own[1]))
+    assert there == whole and torch.equal(torch.get_rng_state(), numbers)
+
+@pytest.mark.slow
+def test_umlauts_and_spawn_where_the_locale_knows_neither(pipeline, own, tmp_path):
+    """Windows reads files in the encoding of its country by default, and has no fork."""
+    env = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    env["PYTHONPATH"] = str(tmp_path)
+    (tmp_path / "sitecustomize.py").write_text(
+        "import multiprocessing\nmultiprocessing.set_start_method('spawn', force=True)\n", "utf-8")
+    shutil.copytree(own[0], tmp_path / "my pictures")
+    for file in (tmp_path / "my pictures").glob("*.txt"):
+        file.write_bytes(file.read_bytes() + " für den Käfer".encode())
+    lines = ["data.workers = 2  # schön", "data.folder = 'my pictures'", "data.bucket_step = 16"]
+    (tmp_path / "k.toml").write_text("\n".join(lines), "utf-8")
+    words = [*pipeline.command("train")[1:], "data.cache=my cache", "out=my run", "steps=2"]
+    words.remove("data.workers=0")
+
+    def python(*words):
+        done = subprocess.run([sys.executable, *map(str, words)], cwd=tmp_path, env=env,
+                              capture_output=True, encoding="utf-8", timeout=240)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    said = python(ROOT / "train.py", "--config", "k.toml", *words)
+    assert "32 pictures" in said and r"f\xfcr den K\xe4fer' --ckpt 'my run'" in said
+    python(ROOT / "sample.py", "für den Käfer", "--ckpt", "my run", "--ae", pipeline.ae,
+           "--steps", 1)
+    with Image.open(tmp_path / "out.png") as image:
+        assert json.loads(image.info[sample.RECORD])["prompts"] == ["für den Käfer"]
+
+def test_mps_is_chosen_for_one_process_alone(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    mps = common.pick_device()
+    assert mps.type == "mps" and common.layout(mps) == torch.contiguous_format
+    assert not common.use_bfloat16("auto", mps) and optim.muon_precision(mps) == torch.float32
+    for macos, enough in ("13.6.1", False), ("14.0", True), ("", True):
+        monkeypatch.setattr(common.platform, "mac_ver", lambda macos=macos: (macos, "", ""))
+        with contextlib.nullcontext() if enough else pytest.raises(UserError, match="macOS 14"):
+            assert common.use_bfloat16("bfloat16", mps)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert common.pick_device().type == "cpu"
+    with pytest.raises(UserError, match="set device=cpu"):
+        common.pick_device("mps")
+
+class AsOnMPS(TorchDispatchMode):
+    """Notes which operations run, and which functions of ours make float64, which MPS lacks."""
+    def __init__(self):
+        super().__init__()
+        self.operations, self.makes_float64 = set(), set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if function.namespace == "aten":
+            self.operations.add(str(function).removeprefix("aten.").removesuffix(".default"))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor) and x.dtype == torch.float64:
+                frame = sys._getframe()
+                while (code := frame.f_code) and (Path(code.co_filename).parent != ROOT
+                                                  or "__torch" in code.co_name):
+                    frame = frame.f_back
+                self.makes_float64.add(code.co_qualname.split(".<")[0])
+        return out
+
+def kernels_for_mps():
+    """{operation: whether it runs on MPS}, from the table that PyTorch is made from."""
+    torchgen = pytest.importorskip("torchgen")
+    folder = Path(torchgen.__file__).parent / "packaged/ATen/native"
+    found, delegates = {}, {}
+    for entry in (folder / "native_functions.yaml").read_text("utf-8").split("\n- func: ")[1:]:
+        name, own = entry.split("(")[0], re.sub("#.*", "", entry)
+        found[name] = "dispatch:" not in own or bool(re.search(r"\bMPS\b|\bComposite", own))
+        if delegate := re.search(r"structured_delegate: (\S+)", own):
+            delegates[name] = delegate[1]
+    return found | {name: found[other] for name, other in delegates.items()}
+
+@pytest.mark.slow
+def test_mps_has_what_training_and_drawing_run(pipeline, tmp_path):
+    has = kernels_for_mps()
+    on_cpu = {"position_table", "TaskWeight.__init__", "TaskWeight.log_density", "frechet"}
+    pipeline("gan")                                         # and what it is made from
+    with AsOnMPS() as seen:
+        for stage in ("distill", "gan", "dmd"):
+            words = [*pipeline.command(stage), "steps=1", "eval_every=1", "muon_lr=0.02"]
+            succeeds(*words, f"out={tmp_path / stage}")
+        succeeds("sample.py", "a red car", "--ckpt", tmp_path / "gan", "--ae", pipeline.ae,
+                 "--steps", 4, "-o", tmp_path / "a.png")
+        evaluate.frechet(torch.randn(9, 3), torch.randn(9, 3))
+    lacking = {name for name in seen.operations if not has.get(name)}
+    assert lacking == {"_linalg_eigh", "_scaled_dot_product_flash_attention_for_cpu",
+                       "_scaled_dot_product_flash_attention_for_cpu_backward"}
+    assert seen.makes_float64 <= on_cpu and len(seen.makes_float64) > 2
+
 # ---------------------------------------------------------------------------- gpu
 def on_gpu(function):
     skip = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
