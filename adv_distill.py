@@ -150,7 +150,7 @@ def simulated(net, walk, k, shape, text, g, sampler="renoise"):
         after = x0 + s / t * (x[on] - x0)
         if sampler == "renoise":
             after = noised(x0, s.expand(len(on)), noise_like(x0, g))
-        x = x.index_copy(0, on, after)
+        x[on] = after                   # index_copy is wrong on MPS (PyTorch issue 160993)
     return x
 
 def teacher_velocity(teacher, x, t, text: Text, steps: int):
