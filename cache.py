@@ -376,7 +376,7 @@ class CachedPictures:
     def __getitem__(self, some: slice) -> torch.Tensor:
         """Latents of the commonest bucket, for adv_distill.py's look at the samples."""
         bucket = max(self.rows, key=lambda b: len(self.rows[b]))
-        return self.latents(bucket, self.rows[bucket][some])
+        return self.latents(bucket, self.rows[bucket][some]).float()
 
     def captions(self) -> list[str]:
         """As the network reads them: for the small encoder cut after max_tokens."""
@@ -389,7 +389,8 @@ class CachedPictures:
         return mapped(shard_path(self.root, shard, prefix)).get_slice(key)[row:row + 1]
 
     def latents(self, bucket: str, rows) -> torch.Tensor:
-        return torch.cat([self.part(k, i, bucket) for k, i, _ in rows]).float()     # (B, C, h, w)
+        """In fp16, as they are kept."""
+        return torch.cat([self.part(k, i, bucket) for k, i, _ in rows])     # (B, C, h, w)
 
     def words(self, bucket: str, rows, drop=()):
         """Tokens, or frozen encoders' Text, of rows; the empty caption's where `drop` is True."""
@@ -438,7 +439,8 @@ class CachedPictures:
         rows = [self.rows[bucket][i] for i in places[first:first + cfg.batch]]
         rng = random.Random(f"{cfg.seed}/{k}")
         drop = [rng.random() < cfg.drop_caption for _ in rows]
-        words, theirs = self.words(bucket, rows, drop), None
+        read = functools.partial(self.states, self.empty) if self.empty else self.words
+        words, theirs = read(bucket, rows, drop), None      # states in fp16: half as much to send
         if cfg.text.kind == "snapgen":          # any subset of its encoders will do when sampling
             words = drop_encoders(words, cfg.text, seeded(cfg.seed * 1000003 + k))
         if self.teachers_empty:

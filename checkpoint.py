@@ -280,9 +280,6 @@ class Run:
         self.seen = defaultdict(list)
         self.pictures = 0
         self.least = 0.0            # seconds a picture would take at the device's peak, for the MFU
-        self.begin = self.clock = time.time()
-        if self.main:
-            self.out.mkdir(parents=True, exist_ok=True)
 
     def resume(self) -> int:
         """Loads all parts; returns the steps that are done."""
@@ -318,6 +315,9 @@ class Run:
         if threading.current_thread() is threading.main_thread():
             for number in {getattr(signal, "SIGBREAK", signal.SIGTERM), signal.SIGTERM}:
                 previous[number] = signal.signal(number, on_signal)
+        self.begin = self.clock = time.time()
+        if self.main:
+            self.out.mkdir(parents=True, exist_ok=True)
         try:
             for step in range(self.start, self.cfg.steps):
                 if step % 5 == 0:                           # together: a rank alone would wait

@@ -234,7 +234,8 @@ class Abilities(NamedTuple):
 
 DEVICES = {
     "cpu": Abilities("gloo", torch.channels_last, 0),
-    "cuda": Abilities("nccl", torch.channels_last, 0),
+    # what is in the CPU's memory goes by gloo, which waits for no GPU
+    "cuda": Abilities("cpu:gloo,cuda:nccl", torch.channels_last, 0),
     # from PyTorch's documentation and issues (139386; 174345 and 180984 on channels_last, which is
     # silently wrong for some views): nothing of this was run on MPS here
     "mps": Abilities("", torch.contiguous_format, 14),

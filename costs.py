@@ -1,4 +1,5 @@
 """What a network costs, and the features that it can give: by passes on meta and fake tensors."""
+import re
 import time
 
 import torch
@@ -12,10 +13,22 @@ from text import TextConfig, TextEncoder, Tokens
 
 GiB = 2**30
 
-def dummy_inputs(network, batch: int, size: int, tokens: int) -> dict:
-    """Arguments of a network's forward pass at `size` pixels, on the context's device."""
+# Data sheets: TFLOP/s of dense products in bfloat16 with sums in fp32 (half of what they say of
+# sparse ones), and the memory's TB/s. Keys are patterns of CUDA's names; the first one counts.
+CARDS = {
+    "H100 PCIe": (756, 2.0), "H100 NVL": (835, 3.9), "H100": (989, 3.35), "H200 NVL": (835, 4.8),
+    "H200": (989, 4.8), "GH200": (989, 4.0), "B200": (2250, 8.0),
+    "A100.*40GB": (312, 1.555), "A100.*PCIe": (312, 1.935), "A100": (312, 2.039),
+    "A10": (125, 0.6), "L40S": (362, 0.864), "L4": (121, 0.3),
+    "RTX 3090": (71, 0.936), "RTX 4090": (165, 1.008), "RTX 5090": (209, 1.792),
+}
+
+def dummy_inputs(network, batch: int, size: int | tuple, tokens: int) -> dict:
+    """Arguments of a network's forward pass, on the context's device. size: pixels of a side, or
+    (height, width)."""
+    H, W = size if isinstance(size, tuple) else (size, size)
     return {
-        "x": torch.empty(batch, network.in_channels, size // 8, size // 8),
+        "x": torch.empty(batch, network.in_channels, H // 8, W // 8),
         "t": torch.empty(batch),
         "context": torch.empty(batch, tokens, network.context_dim),
         "mask": torch.empty(batch, tokens, dtype=torch.bool),
@@ -26,21 +39,53 @@ def caption_tokens(text: TextConfig) -> int:
     """Tokens of a caption: a scene's typical ones, or all places of the frozen encoders."""
     return {"own": 16, "clip-l": 77}.get(text.kind, 77 + text.tokens)
 
-def forward_flops(network, size: int, tokens: int, text: TextConfig | None = None) -> int:
-    """FLOPs of a forward pass on one picture; with `text` also those of our own text encoder."""
+def count_flops(function) -> int:
+    """FLOPs of function(), which makes its tensors itself: on the meta device, where nothing is
+    computed, and where PyTorch counts attention (on CPU tensors it would not)."""
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+def forward_flops(network, size: int | tuple, tokens: int, text: TextConfig | None = None) -> int:
+    """FLOPs of a forward pass on one picture; with `text` also those of our own text encoder."""
+    def forward():
         inputs = dummy_inputs(network, 1, size, tokens)
         make_network(network)(**inputs)
         if text is not None and text.kind == "own":
             TextEncoder(text)(Tokens(torch.empty(1, tokens, dtype=torch.long), inputs["mask"]))
-    return counter.get_total_flops()
+    return count_flops(forward)
 
-def training_flops(cfg) -> int:
-    """FLOPs of a TrainConfig's flow training on one picture: backward costs twice forward."""
-    return 3 * forward_flops(cfg.network, cfg.data.size, caption_tokens(cfg.text), cfg.text)
+def training_flops(cfg, tokens: int = 0, buckets: dict | None = None) -> float:
+    """FLOPs of a TrainConfig's flow training on one picture: backward costs twice forward. What a
+    checkpointed pass computes again and the optimizer's work are not counted.
+    tokens: of a caption as the network is given it; buckets: {"HxW": pictures}, for their mean."""
+    tokens = tokens or caption_tokens(cfg.text)
+    total, pictures = 0, 0
+    for bucket, n in (buckets or {f"{cfg.data.size}x{cfg.data.size}": 1}).items():
+        H, W = map(int, bucket.split("x"))
+        total += n * forward_flops(cfg.network, (H, W), tokens, cfg.text)
+        pictures += n
+    return 3 * total / pictures
+
+def card_of(name: str) -> tuple[float, float] | None:
+    """(FLOP/s in bfloat16, bytes/s) of a CUDA device by its name; None: CARDS lacks it, or it is
+    a part of a card, or its sister for laptops."""
+    for pattern, (tflops, terabytes) in CARDS.items():
+        if re.search(rf"\b{pattern}\b", name) and not re.search(r"MIG|Laptop| D$", name):
+            return tflops * 1e12, terabytes * 1e12
+    return None
+
+def device_peak(device, bfloat16: bool) -> tuple[float, str]:
+    """(FLOP/s that the device reaches at most, in words where that is from): the data sheet's,
+    in fp32 half of it (TF32), or where CARDS lacks the device what its product reaches now."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    card = card_of(name)
+    if card is None:
+        return matmul_speed(device, bfloat16), f"{name}, its own matrix product measured now"
+    return card[0] * (1 if bfloat16 else 0.5), f"{name}, data sheet"
 
 def matmul_speed(device, bfloat16: bool) -> float:
-    """FLOP/s of the device's own matrix products, measured. train.py's MFU is relative to it."""
+    """FLOP/s of the device's own matrix products, measured. It is low beside another job."""
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
     best = 0.0

@@ -18,6 +18,7 @@ import random
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -26,17 +27,18 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 
 from checkpoint import write_whole
-from common import ROOT, UserError, at_most_cores, fill, friendly, option, patiently
+from common import ROOT, UserError, fill, friendly, option, patiently
 from decoder import encode_pictures
 from plots import grid
+from processes import BATCH, in_processes
 from scenes import ATLAS, ATLAS_CELL, ATLAS_COLUMNS, NOUNS, Scenes, atlas_cell, square
-from text import Text, Tokens, Vocabulary, load_vocabulary, on_device
+from text import Text, Tokens, Vocabulary, load_vocabulary
 from wording import training_caption
 
 @dataclass
@@ -96,44 +98,83 @@ class Batch(NamedTuple):
     teacher_text: Text | None = None    # states of an SD3 teacher's encoders, where it has its own
 
     def to(self, device) -> "Batch":
-        theirs = self.teacher_text and on_device(self.teacher_text, device)
-        return Batch(self.x0.to(device), on_device(self.text, device), theirs)
+        """On the device; latents and our network's text states in fp32, made of fp16 there."""
+        text, theirs = (some and type(some)(*(None if x is None else sent(x, device) for x in some))
+                        for some in (self.text, self.teacher_text))
+        if isinstance(text, Text):
+            pooled = None if text.pooled is None else text.pooled.float()
+            text = Text(text.emb.float(), text.mask, pooled)
+        return Batch(sent(self.x0, device).float(), text, theirs)
+
+def sent(x: torch.Tensor, device) -> torch.Tensor:
+    """A tensor on its way to the device: to a GPU from pinned memory, so that nothing waits."""
+    if torch.device(device).type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
 
 class Batches:
     """Batch number k of the whole run, a function of the seed and k.
     Rank r of w takes k = (step * accumulate + micro) * w + r. Scenes come in a new order each
     epoch, each in one of its wordings, the share drop_caption with the empty caption.
-    cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches."""
+    cfg: a TrainConfig; latents: those of scenes, or a cache.CachedPictures, which makes batches.
+    Nothing here waits for a GPU."""
     def __init__(self, cfg, latents, device, vocabulary: Vocabulary):
         if len(latents) < cfg.batch:
             raise UserError(f"{len(latents)} pictures to train on (some are held out), less than "
                             f"batch={cfg.batch}: add batch={max(1, len(latents) // 4)}")
-        self.cfg, self.latents, self.device = cfg, latents, device
+        self.cfg, self.latents, self.device = cfg, latents, torch.device(device)
         self.vocabulary = vocabulary
-        if not cfg.data.folder:
-            # 2 kB each at 64 px: latents and words fit on the device
-            words = wordings(cfg, len(latents), vocabulary)
-            self.ids, self.lengths = words["ids"].to(device), words["lengths"].to(device)
-            self.latents = latents.to(device)
+        if cfg.data.folder:
+            self.ahead, self.reader = {}, ThreadPoolExecutor(1)
+            self.world = dist.get_world_size() if dist.is_initialized() else 1
+            self.stream = torch.cuda.Stream(device) if self.device.type == "cuda" else None
+            return
+        # 2 kB each at 64 px: latents and words fit on the device
+        words = wordings(cfg, len(latents), vocabulary)
+        self.ids, self.lengths = words["ids"].to(device), words["lengths"].to(device)
+        self.latents = latents.to(device)
+        empty = [vocabulary.end] + [vocabulary.pad] * (self.ids.shape[2] - 1)
+        self.empty = torch.tensor(empty, device=device)                     # the empty caption
 
     def __call__(self, k: int) -> Batch:
         if self.cfg.data.folder:
-            return self.latents.batch(k).to(self.device)
+            return self.read_ahead(k)
         cfg, device = self.cfg, self.device
         epoch, turn = divmod(k, len(self.latents) // cfg.batch)
         order = epoch_order(len(self.latents), cfg.seed, epoch)
-        index = order[turn * cfg.batch:(turn + 1) * cfg.batch].to(device)   # (B,)
+        index = order[turn * cfg.batch:(turn + 1) * cfg.batch]              # (B,)
         g = seeded(2**40 + cfg.seed * 1000003 + k)                          # not the noise's
-        which = torch.randint(WORDINGS, (cfg.batch,), generator=g).to(device)
-        drop = (torch.rand(cfg.batch, generator=g) < cfg.drop_caption).to(device)
-        ids = self.ids[index, which].long()                                 # (B, L)
-        lengths = self.lengths[index, which].long()                         # (B,)
-        ids[drop], lengths[drop] = self.vocabulary.pad, 1
-        ids[drop, 0] = self.vocabulary.end                                  # the empty caption
-        if ids.device.type == "cpu":                # on a GPU always the same shape
-            ids = ids[:, :lengths.max()]
+        which = torch.randint(WORDINGS, (cfg.batch,), generator=g)
+        drop = torch.rand(cfg.batch, generator=g) < cfg.drop_caption
+        index, which, drop = sent(torch.stack([index, which, drop]), device)
+        drop = drop.bool()
+        ids = torch.where(drop[:, None], self.empty, self.ids[index, which].long())     # (B, L)
+        lengths = self.lengths[index, which].long().masked_fill(drop, 1)    # (B,)
+        if device.type == "cpu" and not cfg.compile:    # else always the same shape
+            ids = ids[:, :lengths.numpy().max()]
         mask = torch.arange(ids.shape[1], device=device) < lengths[:, None]
         return Batch(self.latents[index].float(), Tokens(ids, mask))
+
+    def read_ahead(self, k: int) -> Batch:
+        """Batch k of a cache; a thread reads and sends the one that this process needs next."""
+        batch = self.ahead.pop(k, None) or self.reader.submit(self.read, k)
+        self.ahead = {k + self.world: self.reader.submit(self.read, k + self.world)}
+        batch, arrived = batch.result()
+        if arrived:
+            now = torch.cuda.current_stream(self.device)
+            now.wait_event(arrived)
+            for x in (batch.x0, *batch.text, *(batch.teacher_text or ())):
+                if x is not None:
+                    x.record_stream(now)        # its memory is not used again before this step ends
+        return batch
+
+    def read(self, k: int):
+        """(batch k on the device, the event of its arrival there)."""
+        batch = self.latents.batch(k)
+        if not self.stream:
+            return batch.to(self.device), None
+        with torch.cuda.stream(self.stream):
+            return batch.to(self.device), self.stream.record_event()
 
 def seeded(seed: int, device="cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed % 2**63)      # PyTorch takes no larger ones
@@ -168,7 +209,6 @@ def whose_turn(sizes: tuple, k: int, batch: int, seed: int) -> tuple[str, list[i
     return bucket, [int(shuffled(n, seed, bucket, p // n)[p % n]) for p in places]
 
 WORDINGS = 8                    # of each scene's caption
-BATCH = 64                      # scenes that a process draws or words at a time
 PART = 16 * BATCH               # scenes in a file of those that are done
 
 def scenes_of(cfg: DataConfig, split: str = "train") -> Scenes:
@@ -198,46 +238,18 @@ def word_scenes(scenes: Scenes, vocabulary: Vocabulary, seed: int, some: range, 
     rows[..., :ids.shape[1]] = ids.unflatten(0, (-1, WORDINGS))
     rows[..., -1] = mask.sum(1).unflatten(0, (-1, WORDINGS))
 
-def slot_of(ring: torch.Tensor, some: range) -> torch.Tensor:
-    """Where the rows of a batch are in a ring (slots, BATCH, ..)."""
-    return ring[some.start // BATCH % len(ring), :len(some)]
-
-def fill_slot(write, ring: torch.Tensor, some: range) -> range:
-    write(some, slot_of(ring, some).numpy())
-    return some
-
-def in_processes(write, shape, dtype, todo: range, workers: int, title: str = ""):
-    """Yields the rows that write(scenes, rows) fills for `todo`, in order, BATCH scenes at a time.
-    They are in one array that all processes share, and are overwritten when the next are asked for.
-    todo starts at a multiple of BATCH; shape, dtype: of a row; title: of a progress bar."""
-    batches = [todo[k:k + BATCH] for k in range(0, len(todo), BATCH)]
-    workers = min(at_most_cores(workers), len(batches) // 8)    # to start one takes up to seconds
-    # a DataLoader has two batches a worker under way beside the one that is read
-    ring = torch.empty(2 * workers + 1, BATCH, *shape, dtype=dtype)
-    try:
-        ring.share_memory_()
-    except RuntimeError as e:
-        raise UserError(f"{e}: {workers} workers share {ring.nbytes / 1e6:.0f} MB; set fewer "
-                        "data.workers, or in Docker --shm-size") from None
-    loader = torch.utils.data.DataLoader(
-        batches, None, collate_fn=partial(fill_slot, write, ring), num_workers=workers,
-        generator=torch.Generator())                    # or it would draw from the global one
-    with tqdm(total=todo.stop, initial=todo.start, desc=title, unit="scene", delay=1,
-              disable=not title) as bar:
-        for some in loader:
-            yield slot_of(ring, some)
-            bar.update(len(some))
-
-def drawn(cfg: DataConfig, split: str, todo: range, title: str = ""):
-    """Yields pictures of scenes, uint8 (B, size, size, 3)."""
+def drawn(cfg: DataConfig, split: str, todo: range, folder="", title: str = ""):
+    """Yields pictures of scenes, uint8 (B, size, size, 3); folder: for what is under way."""
     draw = partial(draw_scenes, scenes_of(cfg, split))
     shape = cfg.size, cfg.size, 3
-    return in_processes(draw, shape, torch.uint8, todo, cfg.workers, title)
+    return in_processes(draw, shape, "uint8", todo, cfg.workers, folder or cfg.cache, title)
 
-def worded(cfg: DataConfig, vocabulary: Vocabulary, L: int, seed: int, todo: range, title=""):
+def worded(cfg: DataConfig, vocabulary: Vocabulary, L: int, seed: int, todo: range, folder="",
+           title: str = ""):
     """Yields rows of word_scenes for training scenes, int16 (B, WORDINGS, L + 1)."""
     word = partial(word_scenes, scenes_of(cfg), vocabulary, seed)
-    return in_processes(word, (WORDINGS, L + 1), torch.int16, todo, cfg.workers, title)
+    shape = WORDINGS, L + 1
+    return in_processes(word, shape, "int16", todo, cfg.workers, folder or cfg.cache, title)
 
 def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 0) -> torch.Tensor:
     """Latents of the first n scenes, fp16 (n, C, size/8, size/8): read, or made and kept.
@@ -247,7 +259,8 @@ def latents_of(cfg: DataConfig, ae, ae_key: str, split: str = "train", n: int = 
     path = Path(cfg.cache) / f"scenes-{cfg.size}px-{split}-{n}-{key}.safetensors"
     device = next(ae.parameters()).device
     def encoded(todo):
-        for x in drawn(cfg, split, todo, f"render and encode {n} {split} scenes"):
+        title = f"render and encode {n} {split} scenes"
+        for x in drawn(cfg, split, todo, path.with_suffix(".parts"), title):
             # a core would take 0.1 s to make floats of a batch of 256 px: the device does
             yield encode_pictures(ae, x.to(device), device)
 
@@ -264,7 +277,7 @@ def wordings(cfg, n: int, vocabulary: Vocabulary) -> dict[str, torch.Tensor]:
     path = Path(cfg.data.cache) / f"words-{n}-{key}.safetensors"
     def make():
         some = partial(worded, cfg.data, vocabulary, cfg.text.max_tokens, cfg.seed,
-                       title=f"word {n} train scenes")
+                       folder=path.with_suffix(".parts"), title=f"word {n} train scenes")
         rows = rows_in_parts(path, n, some)                 # (n, WORDINGS, L + 1)
         lengths = rows[..., -1].contiguous()
         return {"ids": rows[..., :lengths.max()].contiguous(), "lengths": lengths}
@@ -301,13 +314,13 @@ def rows_in_parts(path: Path, n: int, make) -> torch.Tensor:
         while True:
             parts.append(load_file(folder / f"{done}.safetensors")["rows"])
             done += len(parts[-1])
-    batches = make(range(done, n))
-    while done < n:
-        parts.append(torch.cat([x.clone() for x in islice(batches, PART // BATCH)]))
-        with contextlib.suppress(FileNotFoundError):    # a run beside this one is done, removed it
-            folder.mkdir(parents=True, exist_ok=True)
-            write_whole(folder / f"{done}.safetensors", partial(save_file, {"rows": parts[-1]}))
-        done += len(parts[-1])
+    with contextlib.closing(make(range(done, n))) as batches:
+        while done < n:
+            parts.append(torch.cat([x.clone() for x in islice(batches, PART // BATCH)]))
+            with contextlib.suppress(FileNotFoundError):    # a run beside this one removed it
+                folder.mkdir(parents=True, exist_ok=True)
+                write_whole(folder / f"{done}.safetensors", partial(save_file, {"rows": parts[-1]}))
+            done += len(parts[-1])
     return torch.cat(parts)
 
 def content_key(cfg: DataConfig, *more) -> str:

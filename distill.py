@@ -29,6 +29,7 @@ import plots
 from cache import empty_caption, make_cache
 from checkpoint import HUB, read_description, resolve
 from common import UserError, friendly, option
+from compiling import compile_blocks
 from costs import tap_shape
 from data import Batch, FlowConfig
 from mmdit import MEDIUM, MMDiT, MMDiTConfig, layer_norm, sd3_config
@@ -128,7 +129,7 @@ class Teacher:
         # adv_distill.py sends gradients through it to its input: it checkpoints as the student does
         self.denoiser.cfg.checkpoint = cfg.network.checkpoint
         if cfg.compile and device.type == "cuda":
-            self.denoiser.compile()
+            compile_blocks(self.denoiser, dynamic=bool(cfg.data.folder))
 
     def load_ours(self, cfg: DistillConfig, where, device):
         net, config = load_model(where, device)
@@ -210,7 +211,8 @@ class Teacher:
 
 def by_bin(x, t):
     """Means of x (B,) over 8 bins of t: (8,), nan where a bin is empty."""
-    member = F.one_hot((t * 8).long().clamp(0, 7), 8).float()       # (B, 8)
+    bins = torch.arange(8, device=t.device)
+    member = ((t * 8).long().clamp(0, 7)[:, None] == bins).float()  # (B, 8)
     # no matrix product: autocast would make it bfloat16
     return (x.float()[:, None] * member).sum(0) / member.sum(0)
 

@@ -27,36 +27,46 @@ def muon_precision(device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it; imitated, it takes 20 times as long (LOG.md)."""
     return torch.bfloat16 if use_bfloat16("auto", device) else torch.float32
 
+def newton_schulz(X, precision: torch.dtype):
+    """Each matrix U S V^T of X (k, m, n), m <= n, becomes about U V^T; Jordan's coefficients."""
+    X = X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)
+    X = X.to(precision)
+    for _ in range(5):
+        A = X @ X.mT                                            # (k, m, m)
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
+        X = torch.baddbmm(X, B, X, beta=3.4445)                 # (k, m, n)
+    return X
+
+def compile_many():
+    """Lets PyTorch compile a function for as many shapes as a network has; it gives up after 8."""
+    torch._dynamo.config.recompile_limit = 256
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+
 @torch.no_grad()
-def orthogonalise(matrices: list) -> list:
-    """Each matrix U S V^T becomes about U V^T, by five Newton-Schulz steps.
-    The coefficients are Jordan's. Matrices of one shape go through together: on a GPU a small
-    network would otherwise wait for the launches of many small products."""
+def orthogonalise(matrices: list, iterate=newton_schulz) -> list:
+    """Each matrix U S V^T becomes about U V^T. Matrices of one shape go through together: on a GPU
+    a small network would otherwise wait for the launches of many small products."""
     out = [None] * len(matrices)
     alike = {}
     for i, M in enumerate(matrices):
         alike.setdefault((min(M.shape), max(M.shape)), []).append(i)
     for indices in alike.values():
-        wide = [M if M.shape[0] <= M.shape[1] else M.T for M in (matrices[i] for i in indices)]
-        X = torch.stack(wide)                                   # (k, m, n), m <= n
-        X = X / (torch.linalg.vector_norm(X, dim=(1, 2), keepdim=True) + 1e-7)
-        X = X.to(muon_precision(X.device))
-        for _ in range(5):
-            A = X @ X.mT                                        # (k, m, m)
-            B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)
-            X = torch.baddbmm(X, B, X, beta=3.4445)             # (k, m, n)
-        for i, x in zip(indices, X):
-            out[i] = x if matrices[i].shape[0] <= matrices[i].shape[1] else x.T
+        tall = [matrices[i].shape[0] > matrices[i].shape[1] for i in indices]
+        wide = [matrices[i].T if t else matrices[i] for i, t in zip(indices, tall)]
+        X = iterate(torch.stack(wide), muon_precision(wide[0].device))  # (k, m, n), m <= n
+        turned = X.mT.contiguous() if any(tall) else X          # contiguous: see Muon.muon_update
+        for k, (i, t) in enumerate(zip(indices, tall)):
+            out[i] = turned[k] if t else X[k]
     return out
 
-def orthogonalise_shared(matrices: list) -> list:
+def orthogonalise_shared(matrices: list, iterate=newton_schulz) -> list:
     """orthogonalise(); of several processes each does its share and sends it to the others."""
     if not dist.is_initialized():
-        return orthogonalise(matrices)
+        return orthogonalise(matrices, iterate)
     world, rank = dist.get_world_size(), dist.get_rank()
     largest_first = sorted(range(len(matrices)), key=lambda i: -matrices[i].numel())
     shares = [largest_first[r::world] for r in range(world)]
-    mine = orthogonalise([matrices[i] for i in shares[rank]])
+    mine = orthogonalise([matrices[i] for i in shares[rank]], iterate)
     out = [None] * len(matrices)
     for r, share in enumerate(shares):
         sizes = [matrices[i].numel() for i in share]
@@ -70,14 +80,24 @@ def orthogonalise_shared(matrices: list) -> list:
             out[i] = part.view_as(matrices[i])
     return out
 
+def clear_unless(ok: torch.Tensor, grads: list):
+    """Zeros in all gradients where `ok` () is False, in one kernel. NaN times 0 would be NaN: it is
+    their bits that are multiplied, as integers."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    torch._foreach_mul_([g.view(kinds[g.element_size()]) for g in grads], ok.int())
+
 class Muon(torch.optim.Optimizer):
     """Muon with `muon_lr` for matrices, AdamW with `lr` for everything else.
     Matrices are linears and convolutions, as (C_out, C_in*k*k). Embeddings, depthwise kernels,
     norms and biases are the rest. With muon_lr=0 AdamW does all. Weights with two dimensions or
     more decay (decoupled). Each group keeps its peak rate as group["peak"]. slow: parameters whose
-    rates are `share` of the others'."""
+    rates are `share` of the others'. compile: newton_schulz by torch.compile."""
     def __init__(self, module: nn.Module, lr, muon_lr=0.0, weight_decay=0.01, betas=(0.9, 0.99),
-                 slow=(), share=1.0):
+                 slow=(), share=1.0, compile=False):
+        self.iterate = newton_schulz
+        if compile:
+            compile_many()
+            self.iterate = torch.compile(newton_schulz, dynamic=False)      # for each shape anew
         embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
         slow = {id(p) for p in slow}
         params = {(kind, own): [] for own in (1.0, share) for kind in ("muon", "decay", "rest")}
@@ -119,8 +139,7 @@ class Muon(torch.optim.Optimizer):
                 continue
             grads = [p.grad for p in params]
             if ok is not None:
-                for g in grads:
-                    g.masked_fill_(~ok, 0.0)
+                clear_unless(ok, grads)
             torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"] * keep)
             update = self.muon_update if group["muon"] else self.adam_update
             update(group, params, grads, keep)
@@ -131,9 +150,12 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(momenta, grads, alpha=0.05)         # grads are 0 where keep is 0
         ahead = torch._foreach_lerp(grads, momenta, 0.95)       # Nesterov's look ahead
         matrices = [x.flatten(1) for x in ahead]                # (C_out, C_in*k*k)
-        for p, M, U in zip(params, matrices, orthogonalise_shared(matrices)):
-            size = max(1, M.shape[0] / M.shape[1]) ** 0.5
-            p.add_(U.view_as(p) * keep, alpha=-group["lr"] * size)
+        found = orthogonalise_shared(matrices, self.iterate)
+        # one kernel for all matrices, where they are laid out as the weights are
+        torch._foreach_copy_(ahead, [U.view_as(x) for x, U in zip(ahead, found)])
+        torch._foreach_mul_(ahead, [max(1, M.shape[0] / M.shape[1]) ** 0.5 for M in matrices])
+        torch._foreach_mul_(ahead, keep)
+        torch._foreach_add_(params, ahead, alpha=-group["lr"])
 
     def adam_update(self, group, params, grads, keep):
         states = self.moments(group, params)

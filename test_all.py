@@ -6,7 +6,7 @@
 
 Contents
     helpers, fixtures                                tiny networks; a tiny run of each stage
-    model.py, mmdit.py, decoder.py, costs.py         sizes, forms, gradients, parity with diffusers
+    model.py, mmdit.py, decoder.py, costs.py, compiling.py      sizes, forms, parity with diffusers
     scenes.py, wording.py, data.py, text.py, pictures.py, cache.py      what is drawn, said, kept
     train_decoder.py, checker.py, train_text.py      the autoencoder, the detector, the encoder
     evaluate.py, plots.py                            the score
@@ -64,6 +64,7 @@ import cache
 import checker
 import checkpoint
 import common
+import compiling
 import costs
 import data
 import decoder
@@ -73,6 +74,7 @@ import mmdit
 import model
 import optim
 import pictures
+import processes
 import sample
 import scenes
 import text
@@ -492,6 +494,87 @@ def test_activations_are_what_a_real_pass_keeps(arch, amp):
     assert total == pytest.approx(real, rel=0.02)
     less, layer = planner.activations(replace(cfg, checkpoint=True))
     assert layer == greediest < less < 0.7 * total
+def test_flops_are_those_by_hand():
+    cfg = model.UNetConfig(**{**TINY, "kv_heads": 1})
+    C, N, L, D = 64, 256, 20, cfg.head_dim
+
+    def transformer():
+        rope = model.rope_table(16, 16, D, cfg.rope, "meta")
+        block = model.TransformerBlock(cfg, C, True)
+        block(torch.empty(1, N, C), torch.empty(1, L, cfg.context_dim), None, rope)
+
+    own = 2 * N * C * (2 * C + 2 * D) + 4 * N * N * C           # q, out; k, v; attention
+    cross = 4 * N * C * C + 4 * L * cfg.context_dim * D + 4 * N * L * C
+    assert costs.count_flops(transformer) == own + cross + 6 * N * C * cfg.ff_mult * C
+
+    def residual():
+        model.ResBlock(cfg, C, 96)(torch.empty(1, C, 16, 16), torch.empty(1, cfg.time_dim))
+
+    maps = 9 * (C + 192) + C * 192 + 192 * 96 + C * 96          # depthwise; pointwise; shortcut
+    assert costs.count_flops(residual) == 2 * N * maps + 2 * cfg.time_dim * 192
+    training = train.TrainConfig(model=cfg, text=text.TextConfig(width=48))
+    square, tall = (3 * costs.forward_flops(cfg, size, 9, training.text)
+                    for size in (64, (96, 64)))
+    assert costs.training_flops(training, 9) == square < 0.7 * tall
+    mean = costs.training_flops(training, 9, {"64x64": 1, "96x64": 3})
+    assert mean == pytest.approx((square + 3 * tall) / 4)
+
+@pytest.mark.parametrize("name, tflops", [
+    ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
+    ("NVIDIA GH200 480GB", 989), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA L40S", 362),
+    ("NVIDIA GeForce RTX 4090", 165), ("NVIDIA GeForce RTX 4090 Laptop GPU", 0),
+    ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", 0), ("NVIDIA H800", 0), ("NVIDIA A10G", 0)])
+def test_a_cards_peak_is_its_data_sheets(name, tflops, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(costs, "matmul_speed", lambda *_: 5e12)
+    peak, source = costs.device_peak(torch.device("cuda"), True)
+    assert peak == (tflops * 1e12 or 5e12) and source.startswith(name)
+    assert ("data sheet" in source) == (tflops > 0)
+    assert not tflops or costs.device_peak(torch.device("cuda"), False)[0] == peak / 2
+
+# ---------------------------------------------------------------------------- compiling.py
+def test_a_damaged_or_foreign_compilation_is_told(tmp_path, monkeypatch, capsys):
+    path, cpu, taken = tmp_path / "compiled.bin", torch.device("cpu"), []
+    monkeypatch.setattr(torch.compiler, "save_cache_artifacts", lambda: (b"a\nb", None))
+    monkeypatch.setattr(torch.compiler, "load_cache_artifacts", taken.append)
+    compiling.load_compiled(path, cpu)
+    compiling.save_compiled(path, cpu)
+    compiling.load_compiled(path, cpu)
+    assert taken == [b"a\nb"] and not capsys.readouterr().out
+    whole = path.read_bytes()
+    for spoilt in (whole[:-1], whole.replace(b"torch", b"x"), b"2.0" + whole[3:], b""):
+        path.write_bytes(spoilt)
+        if spoilt != whole:
+            compiling.load_compiled(path, cpu)
+            assert "compiling anew" in capsys.readouterr().out
+    assert len(taken) == 1
+
+@pytest.mark.slow
+def test_compiled_and_eager_give_the_same_numbers(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(optim, "muon_precision", lambda device: torch.float32)
+    nets = [tiny_model().train() for _ in range(2)]
+    compiling.compile_blocks(nets[1], dynamic=False)
+    opts = [optim.Muon(net, 1e-3, 0.01, compile=net is nets[1]) for net in nets]
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 2, 16, 8, 8, generator=g)
+    words = text.load_vocabulary().tokenize(["a red car", "two dogs in snow"])
+    batch, t = data.Batch(x0, words), torch.tensor([0.3, 0.8])
+    losses = [[], []]
+    for _ in range(2):
+        for net, opt, own in zip(nets, opts, losses):
+            own.append(train.FlowObjective(net)(batch, eps, t)[0])
+            own[-1].mean().backward()
+            opt.step(torch.tensor(True))
+            opt.zero_grad()
+    assert torch.allclose(*map(torch.cat, losses), rtol=1e-5)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+        assert (a - b).abs().max() < 1e-5
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with torch.compiler.set_stance("force_eager"), torch.no_grad():
+        nets[1].eval()(x0[:1], t[:1], text.Tokens(*(x[:1] for x in words)))
+    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+
 # ---------------------------------------------------------------------------- scenes.py, data.py
 def test_scenes_and_captions_stay_what_they_were():
     """All weights are scored on these very scenes."""
@@ -669,6 +752,19 @@ def test_batches_word_their_scenes_and_drop_some(pipeline, tmp_path):
         rng, scene = random.Random(f"{cfg.seed}/{i}"), s.scene(i)
         own = {wording.training_caption(scene, rng).lower() for _ in range(data.WORDINGS)}
         assert len(words) == 8 and set(words) - {""} <= own
+
+@pytest.mark.slow
+def test_another_process_makes_the_same_scenes_meanwhile(pipeline, tmp_path):
+    files = []
+    for k in range(2):
+        cfg = scenes_config(pipeline, tmp_path / f"{k}", "val_pictures=8", "device=cpu")
+        with processes.meanwhile(train.make_scenes, cfg) if k else contextlib.nullcontext():
+            pass
+        before = len(list((tmp_path / f"{k}").glob("scenes*")))
+        train.make_scenes(cfg)
+        assert before == 2 * k
+        files.append({p.name: p.read_bytes() for p in (tmp_path / f"{k}").iterdir()})
+    assert files[0] == files[1] and len(files[0]) == 2
 
 def test_other_scenes_are_kept_under_another_key(tmp_path, monkeypatch):
     cfg = data.DataConfig()
@@ -933,6 +1029,15 @@ def test_a_step_has_one_bucket_and_an_epoch_every_picture(pipeline, own):
                 z = ae.encode(decoder.to_tensor(pictures.to_bucket(file, cfg.data)[None]))[0]
                 assert (x - z).abs().mean() < 0.02 * z.std()
     assert list(seen.values()) == [4] * len(every) and 0.2 < empty / seen.total() < 0.4
+
+def test_batches_read_ahead_are_those_asked_for(pipeline, own):
+    cfg = own_config(pipeline, *own)
+    every = opened(cfg)[0]
+    batches = data.Batches(cfg, every, "cpu", every.vocabulary)
+    for k in (3, 4, 5, 0, 1, 7):
+        a, b = batches(k), every.batch(k)
+        assert torch.equal(a.x0, b.x0.float()) and torch.equal(a.text.ids, b.text.ids), k
+        assert a.x0.dtype == torch.float32 and list(batches.ahead) == [k + 1]
 
 def test_a_broken_off_cache_goes_on_byte_for_byte(pipeline, own, tmp_path, monkeypatch, capsys):
     from unittest import mock
@@ -1660,6 +1765,34 @@ def test_resume_is_exact(stage, end, pipeline, tmp_path, monkeypatch):
     assert config.get("few_steps", {}).get("steps", 0) == 2 * (stage in ("gan", "dmd"))
     out = [p for name, p in net.denoiser.named_parameters() if "out" in name][-1]
     assert out.abs().max() > 0                                  # it learned: zero at the start
+
+class NoWaiting(TorchDispatchMode):
+    """Fails where the value of a tensor is asked for: a GPU would have to finish all kernels."""
+    asked, ops = ("_local_scalar_dense", "nonzero", "masked_select", "equal"), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masks = args[1] if name in ("index", "index_put", "index_put_") else ()
+        assert name not in self.asked and not any(x is not None and x.dtype == torch.bool
+                                                  for x in masks), f"{name} waits"
+        self.ops += 1
+        return function(*args, **(kwargs or {}))
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_between_log_lines_waits_for_no_device(stage, pipeline, tmp_path, monkeypatch):
+    watch, steps, words = NoWaiting(), checkpoint.Run.steps, pipeline.command(stage)
+
+    def watched(run):
+        for step in steps(run):
+            with watch if step == 1 else contextlib.nullcontext():
+                yield step
+
+    monkeypatch.setattr(checkpoint.Run, "steps", watched)
+    words += ["steps=3", "log_every=9", "eval_every=9", "muon_lr=0.02", f"out={tmp_path}"]
+    assert "done: " in succeeds(*words) and watch.ops > 500
+    for ask in (float, lambda x: x[x > 0], lambda x: x.nonzero()):
+        with pytest.raises(AssertionError, match="waits"), NoWaiting():
+            ask(torch.ones(1))
 
 def test_final_is_the_average_in_fp16(pipeline):
     final = checkpoint.load_checkpoint(pipeline("train") / "final")[1]["model"]
@@ -2494,6 +2627,8 @@ def test_floor_counts_work_and_memory():
     work, least = bench.training_floor(tiny, 256, 16, 64)
     assert work == pytest.approx(3 * 64 * costs.forward_flops(tiny, 256, 16) / 989e12)
     assert work / least < 0.3                                       # narrow: memory decides
+    slower = bench.training_floor(tiny, 256, 16, 64, costs.card_of("NVIDIA H100 80GB HBM3"))
+    assert slower[0] == work and slower[1] > 1.2 * least
 
 @pytest.mark.slow
 def test_measurement_writes_its_json_and_page(tmp_path, monkeypatch):
@@ -2504,6 +2639,13 @@ def test_measurement_writes_its_json_and_page(tmp_path, monkeypatch):
     [row] = json.loads((tmp_path / "bench_unet.json").read_text())["rows"]
     assert row["net"] == "ours" and min(row["s"], row["share"], row["flops"]) > 0
     assert tables.TABLES["bench_unet"](tmp_path) in said
+
+def test_steps_are_timed_beside_their_plan(tmp_path):
+    job = "configs/nano.toml batch=2 data.size=32 model.widths=[32,64] text.init= text.layers=1"
+    said = succeeds("lab.steps", "step", "--jobs", job, "--forms", "eager", "--rounds", 1,
+                    "--device", "cpu", "--out", tmp_path)
+    [row] = json.loads((tmp_path / "bench_step.json").read_text())["rows"]
+    assert row["s"] > 0 < row["mfu"] < 1 and row["planned"] > 0 and "measured now" in said
 
 @pytest.mark.parametrize("words, said", [
     (["lab.bench", "unet", "--size", "100"], "--size"), (["lab.figures", "step"], "no figure"),
@@ -3452,6 +3594,21 @@ def test_two_steps_on_cuda(stage, how, pipeline, tmp_path):
     assert "done:" in said and "cuda" in said
     rows = [r for r in common.read_log(tmp_path / "log.csv") if r.get("val")]
     assert rows and np.isfinite(float(rows[-1]["val"]))
+
+@on_gpu
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_waits_for_no_gpu(stage, pipeline, tmp_path, monkeypatch):
+    steps, words = checkpoint.Run.steps, pipeline.command(stage)
+
+    def watched(run):
+        for step in steps(run):
+            torch.cuda.set_sync_debug_mode("error" if step == 2 else "default")
+            yield step
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(checkpoint.Run, "steps", watched)
+    words += ["steps=4", "log_every=9", "eval_every=9", "device=cuda", f"out={tmp_path}"]
+    assert "done: " in succeeds(*words)
 
 @on_gpu
 def test_cuda_trains_as_the_cpu_does(pipeline, tmp_path):

@@ -17,6 +17,7 @@ B batch | C H W latents | L text tokens | D width of a text state
 import contextlib
 import random
 import sys
+import time
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,7 +49,8 @@ from common import (
     setup,
     use_bfloat16,
 )
-from costs import matmul_speed, training_flops
+from compiling import compile_blocks, load_compiled, save_compiled
+from costs import device_peak, training_flops
 from data import (
     Batch,
     Batches,
@@ -64,9 +66,10 @@ from decoder import load_autoencoder
 from mmdit import MMDiTConfig
 from model import TextToLatents, UNetConfig, count_params, load_model
 from optim import EMA, Learner, Muon, rate
+from processes import meanwhile
 from sample import generate, shift_time
 from scenes import CATEGORIES
-from text import TextConfig, load_taught, on_device
+from text import TextConfig, Tokens, load_taught
 
 @dataclass
 class TrainConfig:
@@ -156,12 +159,33 @@ def load_data(cfg: TrainConfig, device, rank: int, world: int, vocabulary, state
     if cfg.data.folder:
         return ae, *open_cache(cfg, ae, states, vocabulary)
     def scenes_data():
-        key = autoencoder_fingerprint(ae)
-        latents = latents_of(cfg.data, ae, key)
-        held_out = latents_of(cfg.data, ae, key, "test", cfg.val_pictures)
+        latents, held_out = latents_of_scenes(cfg, ae)
         wordings(cfg, len(latents), vocabulary)         # which Batches reads
         return latents, held_out
     return ae, *by_turns(scenes_data, rank, world)
+
+def latents_of_scenes(cfg: TrainConfig, ae):
+    """(latents to train on, held-out ones) in fp16."""
+    key = autoencoder_fingerprint(ae)
+    return latents_of(cfg.data, ae, key), latents_of(cfg.data, ae, key, "test", cfg.val_pictures)
+
+COMPILED = "compiled.bin"       # in the run's directory
+
+def make_scenes(cfg: TrainConfig):
+    """latents_of_scenes() from the config alone, in a process of its own."""
+    latents_of_scenes(cfg, load_autoencoder(cfg.ae, setup(cfg.device)[0]))
+
+def compile_first(cfg: TrainConfig, model, opt: Muon, vocabulary, device, bfloat16: bool):
+    """Compiles all that a step on scenes runs, before they are made: a step on zeros, which changes
+    no weight and no later draw."""
+    side = cfg.data.size // 8
+    L = wordings(cfg, cfg.data.pictures, vocabulary)["ids"].shape[2]
+    ids = torch.zeros(cfg.batch, L, dtype=torch.long, device=device)
+    x0 = torch.zeros(cfg.batch, cfg.network.in_channels, side, side, device=device)
+    batch = Batch(x0, Tokens(ids, torch.ones_like(ids, dtype=torch.bool)))
+    accumulate(cfg, model, lambda k: batch, 0, device, 0, 1, bfloat16)
+    opt.step(torch.zeros((), dtype=torch.bool, device=device))
+    opt.zero_grad(set_to_none=True)
 
 def shown_prompts(cfg: TrainConfig, held_out) -> list[str]:
     """Held-out prompts for the sample grid; of scenes, cycling through the six categories."""
@@ -205,8 +229,8 @@ class Validation:
         """Mean loss per bin of t (8,); nan where a bin is empty."""
         losses = []
         for x0, eps, t, text in self.parts:
-            text = on_device(text, self.device)
-            x0, eps, t = (x.to(self.device) for x in (x0, eps, t))
+            x0, text, _ = Batch(x0, text).to(self.device)
+            eps, t = eps.to(self.device), t.to(self.device)
             with autocast(self.device, bfloat16):
                 losses.append(flow_loss(lambda x, t, text=text: net(x, t, text), x0, eps, t).cpu())
         losses = torch.cat(losses)                          # (n,)
@@ -216,6 +240,7 @@ class Validation:
 
 def train(cfg: TrainConfig, make_objective=FlowObjective):
     """The whole training: builds or resumes, loops, evaluates, writes final/."""
+    begin = time.time()
     device, rank, world = setup(cfg.device)
     bfloat16 = use_bfloat16(cfg.amp, device)
     torch.manual_seed(cfg.seed)
@@ -224,9 +249,22 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     net = first_network(cfg).to(device)
     objective = make_objective(net).to(device)
     text = net.text.parameters() if net.text else ()
-    opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay, slow=text, share=cfg.text_rate)
+    opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay, slow=text, share=cfg.text_rate,
+               compile=cfg.compile)
     ema = EMA(net, cfg.ema)
     learner = Learner(objective, opt, cfg.clip, ema)
+    parts = {"model": net, "ema": ema, "optimizer": opt}
+    beside = nn.ModuleDict({k: m for k, m in objective.named_children() if k != "net"})
+    if beside:                              # trained and checkpointed, not averaged, not exported
+        parts["beside"] = beside
+    things = {"things": learned_things(cfg)}
+    run = Run(cfg, device, rank, world, things, net.files(), **parts)
+    model = wrapped(cfg, objective, net, device, world)
+    if cfg.compile:
+        load_compiled(run.out / COMPILED, device)
+    if cfg.compile and not cfg.data.folder and world == 1:
+        with meanwhile(make_scenes, cfg):
+            compile_first(cfg, model, opt, net.vocabulary, device, bfloat16)
 
     ae, latents, held_out = load_data(cfg, device, rank, world, net.vocabulary,
                                       objective.states)
@@ -235,19 +273,14 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
     prompts = shown_prompts(cfg, held_out)
     if net.text is None:                    # the grids' text states come from the cache
         net.frozen.append(held_out)
-    beside = nn.ModuleDict({k: m for k, m in objective.named_children() if k != "net"})
-    parts = {"model": net, "ema": ema, "optimizer": opt}
-    if beside:                              # trained and checkpointed, not averaged, not exported
-        parts["beside"] = beside
-    things = {"things": learned_things(cfg)}
-    run = Run(cfg, device, rank, world, things, net.files(), **parts)
+    peak, source = device_peak(device, bfloat16)
+    run.least = flops_of_batches(cfg, batches) / (peak * world)
     if rank == 0:
         own = count_params(net.denoiser) / 1e6
         print(f"{cfg.out}: {own:.2f} M {type(net.denoiser).__name__} + "
               f"{count_params(net) / 1e6 - own:.2f} M text encoder, {len(latents)} pictures of "
-              f"{cfg.data.size} px, {device}, step {run.step} of {cfg.steps}", flush=True)
-    model = wrapped(cfg, objective, net, device, world)
-    run.least = training_flops(cfg) / (matmul_speed(device, bfloat16) * world)
+              f"{cfg.data.size} px, {device}, step {run.step} of {cfg.steps}, "
+              f"MFU of {peak / 1e12:.3g} TFLOP/s ({source})", flush=True)
     report = partial(report_progress, cfg, run, net, ema, ae, validation, prompts, bfloat16)
     if run.lacks("val"):
         report()
@@ -258,6 +291,11 @@ def train(cfg: TrainConfig, make_objective=FlowObjective):
         norm = learner.step()
         run.log(pictures=cfg.batch * cfg.accumulate, learners=[learner], loss=loss, **values,
                 lr=cfg.lr * rate(cfg, step), grad=norm)
+        if cfg.compile and step == run.start and rank == 0:
+            print(f"step {run.step}: loss {loss:.4f}, {time.time() - begin:.0f} s after the start",
+                  flush=True)
+            save_compiled(run.out / COMPILED, device)
+            run.restart_clock()
         if run.due():
             run.save()
             if rank == 0 and not run.stop:
@@ -287,13 +325,20 @@ def first_network(cfg: TrainConfig) -> TextToLatents:
 def wrapped(cfg: TrainConfig, objective, net, device, world: int):
     """The objective as the loop calls it: compiled, and averaging gradients over processes."""
     if cfg.compile:
-        net.compile()                       # in place: the names of its weights stay
+        compile_blocks(net, dynamic=bool(cfg.data.folder))
     if world == 1:
         return objective
     # a few of a channels_last convolution's gradients have other strides: DDP copies them
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     ids = [device.index] if device.type == "cuda" else None
     return nn.parallel.DistributedDataParallel(objective, ids, gradient_as_bucket_view=True)
+
+def flops_of_batches(cfg: TrainConfig, batches: Batches) -> float:
+    """training_flops() for the captions' length and the buckets that the batches have."""
+    tokens, buckets = batches(0).text.mask.shape[1], None
+    if cfg.data.folder:
+        buckets = {bucket: len(rows) for bucket, rows in batches.latents.rows.items()}
+    return training_flops(cfg, tokens, buckets)
 
 def accumulate(cfg: TrainConfig, model, batches, step, device, rank, world, bfloat16):
     """Gradients of one step, over cfg.accumulate micro-batches -> (mean loss, values to log)."""

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from tqdm import tqdm
 
 from common import (
@@ -34,7 +35,15 @@ from common import (
     setup,
     use_bfloat16,
 )
-from costs import GiB, caption_tokens, dummy_inputs, forward_flops, matmul_speed, training_flops
+from costs import (
+    GiB,
+    caption_tokens,
+    card_of,
+    dummy_inputs,
+    forward_flops,
+    matmul_speed,
+    training_flops,
+)
 from data import Batch, Batches
 from decoder import load_autoencoder
 from lab import tables
@@ -43,10 +52,10 @@ from mmdit import MMDiTConfig
 from model import TextToLatents, count_params, load_model, make_network
 from optim import Learner, Muon
 from sample import generate, sampling
-from text import Text, load_vocabulary
+from text import Text, Tokens, load_vocabulary
 from train import FlowObjective, TrainConfig
 
-H200, H200_BYTES = 989e12, 4.8e12   # FLOP/s in bfloat16, bytes/s of its memory: its data sheet
+H200 = card_of("H200")              # FLOP/s in bfloat16, bytes/s of its memory
 TRAININGS = {   # pictures a step on a CPU and on a GPU; heads of an MMDiT of about as many FLOPs
     "configs/nano.toml": (48, 0, 5),
     "configs/base.toml": (4, 256, 6),
@@ -154,16 +163,17 @@ def measure_sampling(args, device) -> dict:
     return {"rows": rows}
 
 # ------------------------------------------------------------------------- training
-def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, float]:
-    """Seconds of one training step on an H200 in bfloat16, computed, not measured.
+def training_floor(network, size: int, tokens: int, batch: int, card=H200) -> tuple[float, float]:
+    """Seconds of one training step on a card of costs.card_of in bfloat16, computed, not measured.
 
     First: all its work at the peak. Second: the least that separate kernels take, where each pass
     of a linear or convolution moves two maps and its weights once (docs/BENCH.md)."""
     kernels, seconds = [], []
+    peak, memory = card
 
     def count(module, inputs, out):
-        kernels.append(2 * out.numel() * module.weight[0].numel() / H200)
-        moved = 2 * (inputs[0].numel() + out.numel() + module.weight.numel()) / H200_BYTES
+        kernels.append(2 * out.numel() * module.weight[0].numel() / peak)
+        moved = 2 * (inputs[0].numel() + out.numel() + module.weight.numel()) / memory
         seconds.append(max(kernels[-1], moved))
 
     with torch.device("meta"), torch.no_grad():
@@ -172,13 +182,16 @@ def training_floor(network, size: int, tokens: int, batch: int) -> tuple[float, 
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.register_forward_hook(count)
         net(**dummy_inputs(network, batch, size, tokens))
-    work = batch * forward_flops(network, size, tokens) / H200
+    work = batch * forward_flops(network, size, tokens) / peak
     return 3 * work, 3 * (work - sum(kernels) + sum(seconds))
 
-def training_step(cfg: TrainConfig, objective, batch: int, device, update):
-    """() -> a forward and a backward pass on noise, then update()."""
+def training_step(cfg: TrainConfig, objective, batch: int, device, update, tokens: int = 0):
+    """() -> a forward and a backward pass on noise, then update(). tokens: of our own captions."""
     side = cfg.data.size // 8
     text = load_vocabulary().tokenize([CAPTION] * batch)
+    if tokens:
+        more = 0, tokens - text.ids.shape[1]
+        text = Tokens(F.pad(text.ids, more), F.pad(text.mask, more))
     if cfg.text.kind != "own":                              # states of frozen encoders
         emb = torch.randn(batch, caption_tokens(cfg.text), cfg.text.width)
         text = Text(emb, torch.ones(emb.shape[:2], dtype=torch.bool), emb.mean(1))
@@ -250,7 +263,8 @@ def measure_loading(args, device) -> dict:
     found = {
         "order, words and dropped captions of the batches": loading_speed(cfg, 1, device),
         "the same with the latents": loading_speed(cfg, cfg.data.size // 8, device),
-        "what one H200 would take at an MFU of 35 % (computed)": 0.35 * H200 / training_flops(cfg),
+        "what one H200 would take at an MFU of 35 % (computed)":
+            0.35 * H200[0] / training_flops(cfg),
     }
     return {"rows": [{"what": what, "img_s": speed} for what, speed in found.items()]}
 
@@ -273,13 +287,16 @@ def main(argv):
     if args.rounds < 1 or args.size < 32 or args.size % 32:
         raise UserError("--rounds is 1 or more, --size a multiple of 32")
     device = setup(args.device)[0]
-    folder = Path(args.out)
-    folder.mkdir(parents=True, exist_ok=True)
     for subject in SUBJECTS if "all" in args.subjects else args.subjects:
-        about = {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
-        found = SUBJECTS[subject](args, device) | about
-        (folder / f"bench_{subject}.json").write_text(json.dumps(found, indent=1), "utf-8")
-        print(tables.TABLES[f"bench_{subject}"](folder), f"\n{folder}/bench_{subject}.json\n")
+        write_found(subject, SUBJECTS[subject](args, device), args.out, device)
+
+def write_found(subject: str, found: dict, folder, device):
+    """bench_SUBJECT.json, with where it is from, and its table."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"device": str(device), "threads": torch.get_num_threads(), **provenance()}
+    (folder / f"bench_{subject}.json").write_text(json.dumps(found | about, indent=1), "utf-8")
+    print(tables.TABLES[f"bench_{subject}"](folder), f"\n{folder}/bench_{subject}.json\n")
 
 if __name__ == "__main__":
     with friendly():

@@ -171,7 +171,7 @@ def make_plan(argv: list[str]) -> dict:
     print(f"work: {p.flops / 1e12:.3g} TFLOPs a picture, {speed:.0f} pictures/s at an MFU of "
           f"{plan.mfu:g} (assumed, not measured) of {plan.gpu_tflops:g} TFLOP/s a GPU")
     print(f"in all: {cfg.steps} steps, {days:.2f} days, {days * plan.gpus:.0f} GPU-days")
-    return {"parts": p.parts, "fits": fits, "flops": p.flops, "days": days}
+    return {"parts": p.parts, "total": total, "fits": fits, "flops": p.flops, "days": days}
 
 if __name__ == "__main__":
     with friendly():

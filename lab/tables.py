@@ -319,13 +319,19 @@ TRAIN = {"config": "{config}", "network": "{net}", "M parameters": "{params:.2f}
 FLOOR = {"config": "{config}", "network": "{net}", "batch": "{batch}",
          "ms a step at the peak": "{work_s:.1f}", "ms at least": "{least_s:.1f}",
          "MFU at most": "{mfu:.0%}"}
+STEP = {"job": "{job}", "form": "{form}", "batch": "{batch}", "ms a step": "{s:.1f}",
+        "pictures/s": "{img_s:.0f}", "optimizer": "{optimizer:.0%}", "MFU": "{mfu:.1%}",
+        "of the floor": "{floor:.0%}", "GiB": "{gib:.2f}", "lab.plan": "{planned:.2f}",
+        "first step, s": "{cold:.0f}", "from the file": "{warm:.0f}", "MFU of": "{of}"}
+DEPTHWISE = {"job": "{job}", "map": "{shape}", "times": "{times}", "native, ms": "{native:.3f}",
+             "channels_last": "{nhwc:.3f}", "nine products, compiled": "{shifted:.3f}"}
 DATA = {"what": "{what}", "pictures/s": "{img_s:.0f}"}
 
-def bench_table(folder, subject: str, columns: dict, rows="rows") -> str:
+def bench_table(folder, subject: str, columns: dict, rows="rows", script="lab.bench") -> str:
     """rows: the key of bench_SUBJECT.json that has them."""
     found = read_result(folder, f"bench_{subject}")
     return table(map(in_units, found[rows]), columns) + source(
-        f"python -m lab.bench {subject} --out docs/results", found)
+        f"python -m {script} {subject} --out docs/results", found)
 
 TABLES = {
     "scores": scores, "geneval": geneval, "few_steps": few_steps, "distillation": distillation,
@@ -336,6 +342,9 @@ TABLES = {
     "bench_sample": partial(bench_table, subject="sample", columns=SAMPLE),
     "bench_train": partial(bench_table, subject="train", columns=TRAIN),
     "bench_floor": partial(bench_table, subject="train", columns=FLOOR, rows="floors"),
+    "bench_step": partial(bench_table, subject="step", columns=STEP, script="lab.steps"),
+    "bench_depthwise": partial(bench_table, subject="depthwise", columns=DEPTHWISE,
+                               script="lab.steps"),
     "bench_data": partial(bench_table, subject="data", columns=DATA),
 }
 MARKED = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
