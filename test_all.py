@@ -553,27 +553,23 @@ def test_a_damaged_or_foreign_compilation_is_told(tmp_path, monkeypatch, capsys)
 def test_compiled_and_eager_give_the_same_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(optim, "muon_precision", lambda device: torch.float32)
-    nets = [tiny_model().train() for _ in range(2)]
-    compiling.compile_blocks(nets[1], dynamic=False)
-    opts = [optim.Muon(net, 1e-3, 0.01, compile=net is nets[1]) for net in nets]
-    g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, 2, 16, 8, 8, generator=g)
-    words = text.load_vocabulary().tokenize(["a red car", "two dogs in snow"])
-    batch, t = data.Batch(x0, words), torch.tensor([0.3, 0.8])
-    losses = [[], []]
-    for _ in range(2):
-        for net, opt, own in zip(nets, opts, losses):
-            own.append(train.FlowObjective(net)(batch, eps, t)[0])
-            own[-1].mean().backward()
+    eager = shaken(model.Layer(model.UNetConfig(**TINY), 32, 32, 1, False))
+    layers = [eager, copy.deepcopy(eager)]
+    compiling.compile_blocks(layers[1], dynamic=False)
+    x, temb, words = torch.randn(2, 32, 8, 8), torch.randn(2, 64), torch.randn(2, 5, 48)
+    for layer in layers:
+        opt = optim.Muon(layer, 1e-3, 0.01, compile=layer is layers[1])
+        for _ in range(2):
+            layer(x, temb, words, None, None).square().mean().backward()
             opt.step(torch.tensor(True))
             opt.zero_grad()
-    assert torch.allclose(*map(torch.cat, losses), rtol=1e-5)
-    for a, b in zip(nets[0].parameters(), nets[1].parameters()):
+    for a, b in zip(*(layer.parameters() for layer in layers)):
         assert (a - b).abs().max() < 1e-5
-    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    graphs = copy.deepcopy(torch._dynamo.utils.counters["stats"])
+    assert graphs["unique_graphs"] >= 3                 # two blocks, and Muon's shapes
     with torch.compiler.set_stance("force_eager"), torch.no_grad():
-        nets[1].eval()(x0[:1], t[:1], text.Tokens(*(x[:1] for x in words)))
-    assert graphs == torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3
+        layers[1](x[:1], temb[:1], words[:1], None, None)
+    assert graphs == torch._dynamo.utils.counters["stats"]
 
 # ---------------------------------------------------------------------------- scenes.py, data.py
 def test_scenes_and_captions_stay_what_they_were():
