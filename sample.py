@@ -372,7 +372,7 @@ def save_pictures(a, out: Path, about: dict, pictures, captions, seeds) -> str:
     if not a.separate:
         sheet = Image.fromarray(pictures[0])
         if len(pictures) > 1:
-            columns = a.n if len(a.prompts) > 1 else 0
+            columns = a.n if a.n > 1 and len(a.prompts) > 1 else 0      # a prompt a row
             sheet = grid(pictures, captions, columns, max(1, 256 // pictures[0].shape[0]))
         save_picture(sheet, out, about)
         return str(out)
