@@ -140,7 +140,7 @@ def resolve(path) -> Path:
 
 KINDS = {           # of the entries of config.json that are read
     "things": list, **dict.fromkeys(("step", "ema_steps"), int),
-    **dict.fromkeys(("stage", "arch"), str),
+    **dict.fromkeys(("stage", "arch", "ae"), str),
     **dict.fromkeys(("crc32", "model", "mmdit", "text", "data", "flow", "few_steps", "autoencoder"),
                     dict)}
 

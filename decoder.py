@@ -229,6 +229,10 @@ def load_autoencoder(path="assets/ae", device="cpu") -> Autoencoder:
     checkpoint.load_into(ae, state, str(path))
     return ae.float().to(device).eval().requires_grad_(False)
 
+def autoencoder_of(config: dict, asked: str = "", device="cpu") -> Autoencoder:
+    """The one that a checkpoint of this description learned with, if no other is asked for."""
+    return load_autoencoder(asked or config.get("ae") or "assets/ae", device)
+
 if __name__ == "__main__":
     for net in tiny_decoder, SD3Decoder, Encoder:
         size = sum(p.numel() for p in net(AutoencoderConfig()).parameters())

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from checker import ceiling, judge, load_checker, look
 from checkpoint import resolve
 from common import UserError, autocast, friendly, json_text, provenance, setup, use_bfloat16
-from decoder import load_autoencoder
+from decoder import autoencoder_of
 from model import load_model
 from plots import grid
 from sample import SAMPLERS, generate, sampling
@@ -164,7 +164,7 @@ def evaluate(a):
         config = net.config
     else:
         net, config = load_model(a.ckpt, device)
-        ae = load_autoencoder(a.ae, device)
+        ae = autoencoder_of(config, a.ae, device)
     data = config["data"]
     source = partial(Scenes, data["size"], "test", nouns=data["nouns"], layout=data["layout"])
     if not (a.old and data["old"]):
@@ -239,7 +239,7 @@ def distances(draw, checker, plain: Scenes, n: int) -> dict:
 def parse_evaluation(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--coreml", default="", metavar="BUNDLE", help="score it instead of --ckpt")
     p.add_argument("--checker", default="assets/checker")
     p.add_argument("--steps", type=int, help="default: the checkpoint's few_steps, else 28")

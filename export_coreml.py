@@ -41,7 +41,7 @@ from coreml.bundle import COMPILE, load_bundle
 from coreml.check import LIMIT, CheckError, Package, lint, load_coremltools, shape_of, tensor_psnr
 from coreml.coreai import export_coreai
 from coreml.sd import app_settings, readme, sd_parts
-from decoder import Autoencoder, AutoencoderConfig, load_autoencoder, to_pictures
+from decoder import Autoencoder, AutoencoderConfig, autoencoder_of, to_pictures
 from model import PRESETS, UNet, count_params, load_model
 from sample import euler, generate, guided, latents_noise, repeated, sampling, times
 from text import Tokens, parts_of
@@ -200,7 +200,7 @@ def app_pictures(net, ae, prompts, seeds, size: int, steps, cfg, sampler) -> lis
 def picture_gate(a, folder: Path, size: int) -> float:
     """Pictures from the files against PyTorch's from the weights before rounding -> PSNR."""
     net, config = load_model(a.ckpt)
-    ae, bundle, seeds = load_autoencoder(a.ae), load_bundle(folder), range(len(PROMPTS))
+    ae, bundle, seeds = autoencoder_of(config, a.ae), load_bundle(folder), range(len(PROMPTS))
     if a.target == "sd":
         how = bundle.sampling()
         ours = bundle.draw(PROMPTS, seeds, **how)
@@ -238,13 +238,14 @@ def load_source(a) -> Source:
         net, config = load_model(a.ckpt)
         if not hasattr(net, "unet"):
             raise UserError(f"{a.ckpt} is an MMDiT: only UNets are exported")
-        ae, size = load_autoencoder(a.ae), a.size or config["data"]["size"]
+        ae, size = autoencoder_of(config, a.ae), a.size or config["data"]["size"]
         source = Source(net, net.unet, ae, config, size, net.text_cfg.max_tokens)
         if net.text is None:
             source.tokens = max(last for _, last, _, _ in parts_of(net.text_cfg).values())
             print(f"text.kind={net.text_cfg.kind}: an app brings its encoders; no picture is drawn")
         if ae.cfg.decoder != "tiny":
-            raise UserError(f"{a.ae} has SD3's decoder: only the tiny one is exported")
+            raise UserError(f"{a.ckpt}: its autoencoder has SD3's decoder, only the tiny one is "
+                            "exported; --ae gives another")
     grain = 8 * 2 ** (len(source.unet.cfg.widths) - 1)
     if source.size % grain or not grain <= source.size <= 4096:
         raise UserError(f"--size {source.size}: this UNet draws multiples of {grain} up to 4096")
@@ -328,7 +329,7 @@ def export(a):
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", default="assets/scenes", help="checkpoint or run")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--preset", default="", choices=["", *PRESETS], help="random weights instead")
     p.add_argument("--out", default="bundle")
     p.add_argument("--size", type=int, default=0, help="pixels; default: as in training")

@@ -43,7 +43,7 @@ from common import (
     use_bfloat16,
 )
 from data import known_things
-from decoder import load_autoencoder, to_pictures
+from decoder import autoencoder_of, to_pictures
 from mmdit import MMDiTConfig
 from model import load_model
 from plots import grid
@@ -206,7 +206,7 @@ def load_networks(ckpt: str, ae: str, coreml: str, device):
         bundle = load_bundle(coreml)
         return bundle, bundle, bundle.config
     net, config = load_model(ckpt, device)
-    return net, load_autoencoder(ae, device), config
+    return net, autoencoder_of(config, ae, device), config
 
 def drawing(net, ae, size, how: dict, interval=(0.0, 1.0)):
     """A function (captions, seeds, progress) -> list of uint8 (H, W, 3)."""
@@ -226,7 +226,7 @@ def how_to_sample(net, config: dict, *asked) -> dict:
     """sampling(), or a bundle's own."""
     return net.sampling(*asked) if hasattr(net, "sampling") else sampling(config, *asked)
 
-def load(ckpt: str = "", ae: str = "assets/ae", device: str = "auto"):
+def load(ckpt: str = "", ae: str = "", device: str = "auto"):
     """A function (prompt, seed=0, steps=None, cfg=None, size=None, sampler=None) -> PIL image,
     the picture that the command line draws. size: pixels, or (height, width)."""
     net, ae, config = load_networks(ckpt or shipped(), ae, "", setup(device)[0])
@@ -250,7 +250,7 @@ def parse(argv):
     p.add_argument("--list", action="store_true", help="tell what the model knows, draw nothing")
     p.add_argument("--ckpt", default="", help="checkpoint or run; default: assets/fast")
     p.add_argument("--base", action="store_true", help="assets/scenes: before step distillation")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--coreml", default="", metavar="BUNDLE", help="draw with this Core ML bundle")
     p.add_argument("--steps", type=int, help="default: the checkpoint's few_steps, else 28")
     p.add_argument("--cfg", type=float, help="guidance, 1 = none; default: few_steps', else 4")

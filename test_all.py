@@ -1225,8 +1225,7 @@ def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
              f"data.atlas={atlas}", f"out={add}")
     about = json.loads((add / "final/config.json").read_text(encoding="utf-8"))
     assert about["things"][-1] == "blorp" and "dog" in about["things"]
-    asked = ["evaluate.py", "--ckpt", add, "--ae", pipeline.ae, "--prompts", 1, "--each", 1,
-             "--steps", 1]
+    asked = ["evaluate.py", "--ckpt", add, "--prompts", 1, "--each", 1, "--steps", 1]
     fails_in_one_line(command(*asked), "does not know blorp", "init=assets/checker")
     succeeds("checker.py", "init=assets/checker", f"atlas={atlas}", "steps=2", "eval_every=9",
              f"out={eye}")
@@ -1240,9 +1239,12 @@ def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
     succeeds(*asked, "--old", "--out", tmp_path / "old")
     succeeds("adv_distill.py", "--config", "configs/adv_add.toml", f"init={add}", *few,
              f"out={tmp_path / 'fast'}")
-    said = succeeds("sample.py", "a blorp", "a zebra", "--ckpt", tmp_path / "fast", "--ae",
-                    pipeline.ae, "--out", tmp_path / "a.png")
+    asked = ["sample.py", "a blorp", "a zebra", "--ckpt", tmp_path / "fast", "--out"]
+    said = succeeds(*asked, tmp_path / "a.png")
     assert "zebra: not among" in said and "blorp: not" not in said
+    succeeds(*asked, tmp_path / "b.png", "--ae", pipeline.ae)       # is its own
+    a, b = (np.asarray(Image.open(tmp_path / name)) for name in ("a.png", "b.png"))
+    assert np.array_equal(a, b)
 
 def oracle(asked):
     """A perfect checker of these scenes: it answers any pictures with their targets as logits."""

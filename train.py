@@ -397,7 +397,7 @@ def read_training(cls, argv: list[str], default: str):
         default = None                              # it describes another network
     theirs, inherited = read_description(resolve(cfg.init)), cls()
     check_tables(theirs, cfg.init)
-    own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in theirs}
+    own = {k: theirs[k] for k in ("arch", "model", "mmdit", "text", "flow", "ae") if k in theirs}
     own["data"] = {k: theirs["data"][k] for k in ("size", "nouns", "layout", "atlas", "old")}
     fill(inherited, own, cfg.init)
     inherited.text.init = ""                        # its states are in the checkpoint, taught on

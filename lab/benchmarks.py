@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from common import UserError, friendly, setup
-from decoder import load_autoencoder
+from decoder import autoencoder_of
 from model import load_model
 from sample import generate, sampling
 
@@ -64,7 +64,7 @@ def main(argv):
     p.add_argument("benchmark", choices=BENCHMARKS)
     p.add_argument("prompts", type=Path, help="evaluation_metadata.jsonl, or a folder of ID.txt")
     p.add_argument("--ckpt", default="assets/fast", help="sampled as it says")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--out", type=Path, required=True)
     args = p.parse_args(argv)
     read, write = BENCHMARKS[args.benchmark]
@@ -74,7 +74,7 @@ def main(argv):
     args.out.mkdir(parents=True, exist_ok=True)
     device = setup("auto")[0]
     net, config = load_model(args.ckpt, device)
-    ae, size = load_autoencoder(args.ae, device), config["data"]["size"]
+    ae, size = autoencoder_of(config, args.ae, device), config["data"]["size"]
     most = net.text_cfg.max_tokens
     for k, (name, (prompt, line)) in enumerate(tqdm(prompts.items(), unit="prompt")):
         place = args.out / name

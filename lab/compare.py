@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 
 from common import ROOT, friendly, setup
-from decoder import load_autoencoder
+from decoder import autoencoder_of
 from model import load_model
 from sample import generate, sampling
 from scenes import CATEGORIES, Scenes
@@ -29,11 +29,11 @@ def held_out_captions(data: dict, prompts: int) -> list[str]:
     places = product(range(prompts), CATEGORIES)
     return [scenes.caption(scenes.scene(i, kind), random.Random(i)) for i, kind in places]
 
-def draw_prompts(ckpt: str, prompts, steps=None, ae="assets/ae", seeds=None) -> list:
+def draw_prompts(ckpt: str, prompts, steps=None, ae="", seeds=None) -> list:
     """Pictures of the prompts by a checkpoint, as it says or in so many steps; seeds from 0."""
     device = setup("auto")[0]
     net, config = load_model(ckpt, device)
-    return generate(net, load_autoencoder(ae, device), prompts, seeds or range(len(prompts)),
+    return generate(net, autoencoder_of(config, ae, device), prompts, seeds or range(len(prompts)),
                     config["data"]["size"], **sampling(config, steps), progress=True)
 
 def data_url(picture) -> str:
@@ -57,7 +57,7 @@ def comparison_page(names, captions, first, second) -> str:
 def main(argv):
     p = argparse.ArgumentParser(prog="python -m lab.compare", description=__doc__.split("\n")[0])
     p.add_argument("checkpoints", nargs=2, metavar="DIR", help="each is sampled as it says")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--out", type=Path, default="compare.html")
     args = p.parse_args(argv)
     args.out.parent.mkdir(parents=True, exist_ok=True)      # now, not after all is drawn

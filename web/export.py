@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from checkpoint import VERSION, crc32, replacing
 from common import UserError, friendly, json_text, provenance
 from data import known_things
-from decoder import load_autoencoder, to_tensor
+from decoder import autoencoder_of, to_tensor
 from model import count_params, load_model
 from sample import euler, generate, sampling
 from text import Text, Tokens
@@ -253,12 +253,13 @@ def load_few_steps(a):
     if few.get("sampler") != "euler" or few.get("cfg") != 1:
         raise UserError(f"{a.ckpt} draws in many steps or with guidance: the browser wants a "
                         "few-step student, such as adv_distill.py makes")
-    ae = load_autoencoder(a.ae)
+    ae = autoencoder_of(config, a.ae)
     if ae.cfg.decoder != "tiny":
-        raise UserError(f"{a.ae} has SD3's decoder: only the tiny one goes to the browser")
+        raise UserError(f"{a.ckpt}: its autoencoder has SD3's decoder, only the tiny one goes to "
+                        "the browser; --ae gives another")
     if ae.cfg.latent != net.unet.cfg.in_channels:
-        raise UserError(f"{a.ckpt} draws latents of {net.unet.cfg.in_channels} channels, {a.ae} "
-                        f"reads {ae.cfg.latent}: give the --ae that it was trained with")
+        raise UserError(f"{a.ckpt} draws latents of {net.unet.cfg.in_channels} channels, its "
+                        f"autoencoder reads {ae.cfg.latent}: give the --ae of its training")
     return net, ae, config
 
 def export_parts(net, ae, folder: Path, size: int, how: dict) -> tuple[dict, list[str]]:
@@ -333,7 +334,7 @@ def export_site(a):
 def parse(argv):
     p = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     p.add_argument("--ckpt", default="assets/fast", help="a few-step checkpoint or run")
-    p.add_argument("--ae", default="assets/ae", help="the autoencoder's checkpoint")
+    p.add_argument("--ae", default="", help="autoencoder; default: the checkpoint's own")
     p.add_argument("--ort", default="", help="npm's archive of onnxruntime-web; default: fetched")
     p.add_argument("--out", default="site")
     return p.parse_args(argv)
