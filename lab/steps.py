@@ -36,6 +36,7 @@ from lab.bench import (
 )
 from model import TextToLatents, make_network
 from optim import EMA, Learner, Muon, compile_many
+from processes import meanwhile
 from train import FlowObjective, TrainConfig
 
 JOBS = {        # of a GPU, of a CPU
@@ -62,39 +63,55 @@ def largest_batch(words: str, gib: float) -> int:
     less, more = (planned_gib(words, batch) for batch in (16, 32))
     return max(1, int(16 + (gib - less) * 16 / (more - less)))
 
-def first_steps(step, device) -> tuple[float, float]:
-    """Seconds of the first step with what it compiles: without any cache, and with our file."""
-    taken, kept = [], os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        file = Path(folder) / "compiled.bin"
-        for turn in "cold", "warm":
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/{turn}"
-            torch.compiler.reset()
-            load_compiled(file, device)
-            taken.append(seconds_of(step, device))
-            save_compiled(file, device)
-    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
-    if kept:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = kept
-    return tuple(taken)
-
-def step_row(words: str, form: str, batch: int, args, device) -> dict:
-    """One config's training step in one form, as train.py makes it; its memory at the peak."""
+def made(words: str, form: str, batch: int, device):
+    """(config, tokens of a caption, optimizer, {"step": .., "passes": ..}) as train.py makes them;
+    passes: without the optimizer."""
     cfg = read_config(TrainConfig(), ["--config", *words.split()])
     tokens = cfg.text.max_tokens if cfg.text.kind == "own" else caption_tokens(cfg.text)
-    before, amp = forget_peak(device), use_bfloat16(cfg.amp, device)
     objective = FlowObjective(TextToLatents(cfg.network, cfg.text)).to(device)
     opt = Muon(objective, cfg.lr, cfg.muon_lr, cfg.weight_decay, compile=form != "eager")
     learner = Learner(objective, opt, cfg.clip, EMA(objective.net, cfg.ema))
     if FORMS[form]:
         FORMS[form](objective.net)
     make = partial(training_step, cfg, objective, batch, device, tokens=tokens)
-    runs = {"step": make(learner.step), "passes": make(partial(opt.zero_grad, set_to_none=True))}
-    cold, warm = (first_steps(runs["step"], device) if FORMS[form]
-                  else (seconds_of(runs["step"], device), float("nan")))
+    clear = partial(opt.zero_grad, set_to_none=True)
+    return cfg, tokens, {"step": make(learner.step), "passes": make(clear)}
+
+def cold_start(words: str, form: str, batch: int, device: str, folder: str):
+    """In a process of its own: leaves the seconds of the first step, and what it compiled."""
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/cold"
+    device = setup(device)[0]
+    step = made(words, form, batch, device)[2]["step"]
+    seconds = seconds_of(step, device)
+    save_compiled(Path(folder) / "compiled.bin", device)
+    (Path(folder) / "seconds").write_text(str(seconds), "utf-8")
+
+def first_steps(words: str, form: str, batch: int, step, args, device) -> tuple[float, float]:
+    """Seconds of the first step with what it compiles: without any cache, and with our file."""
+    if not FORMS[form]:
+        return seconds_of(step, device), float("nan")
+    kept, cold = os.environ.get("TORCHINDUCTOR_CACHE_DIR"), float("nan")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        with meanwhile(cold_start, words, form, batch, args.device, folder):
+            pass
+        with contextlib.suppress(OSError):
+            cold = float((Path(folder) / "seconds").read_text("utf-8"))
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = f"{folder}/warm"
+        torch.compiler.reset()
+        load_compiled(Path(folder) / "compiled.bin", device)
+        warm = seconds_of(step, device)
+    os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
+    os.environ.update({"TORCHINDUCTOR_CACHE_DIR": kept} if kept else {})
+    return cold, warm
+
+def step_row(words: str, form: str, batch: int, args, device) -> dict:
+    """One config's training step in one form; its memory at the peak."""
+    before = forget_peak(device)
+    cfg, tokens, runs = made(words, form, batch, device)
+    cold, warm = first_steps(words, form, batch, runs["step"], args, device)
     in_turns(runs, 2, device)                               # warms up
     seconds = in_turns(runs, args.rounds, device)
-    peak, source = device_peak(device, amp)
+    peak, source = device_peak(device, use_bfloat16(cfg.amp, device))
     img_s, card = batch / seconds["step"], card_of(source)
     floor = training_floor(cfg.network, cfg.data.size, tokens, batch, card)[1] if card else 0.0
     return {"job": words, "form": form, "batch": batch, "s": seconds["step"], "img_s": img_s,
@@ -183,7 +200,7 @@ def measure_depthwise(args, device) -> dict:
             in_turns(runs, 2, device)                       # warms up
             seconds = in_turns(runs, args.rounds, device)
             rows.append({"job": words, "shape": f"{C} x {H} x {W}, stride {stride}", "times": n,
-                         **seconds})
+                         **{name: 1e3 * s for name, s in seconds.items()}})
         every = {name: sum(row["times"] * row[name] for row in rows if row["job"] == words)
                  for name in forms}
         rows.append({"job": words, "shape": "all", "times": "", **every})
