@@ -75,7 +75,7 @@ def logs_of(runs: list[Path]) -> dict[str, Path]:
 def own_score(run: Path) -> float:
     """The mean score in the grammar's own words; -1 where there is none yet."""
     file = run / "own/score.json"
-    return json.loads(file.read_text())["scores"]["mean"]["score"] if file.exists() else -1.0
+    return json.loads(file.read_text("utf-8"))["scores"]["mean"]["score"] if file.exists() else -1.0
 
 def what_to_pack(runs: list[Path], best: bool) -> dict[str, dict[str, Path]]:
     """{name: what to pack}; nothing to pack of students that are not the best."""
