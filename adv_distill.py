@@ -89,7 +89,6 @@ class AdvConfig(DistillConfig):
     K: int = option(4, low=1, high=1000)        # steps of the student, at sample.times(K, shift)
     shift: float = option(0.0, low=0)           # shift of those times; 0: the student's flow.shift
     sampler: str = option("euler", choices=("euler", "renoise"))        # the student's
-    backward_simulation: bool = False           # x_t: where G itself gets, not noised data
     real: str = option("data", choices=("data", "teacher"))     # x0: or what the teacher draws
     generator_every: int = option(2, low=1)     # steps of D and the fake score for one of G
     kd_weight: float = option(1.0, low=0)       # of S(L_task, L_kd)
@@ -137,21 +136,6 @@ class AdvConfig(DistillConfig):
 def predict(net, x, t, text: Tokens | Text):
     """x0 in one evaluation."""
     return x - t[:, None, None, None] * net(x, t, text).float()
-
-@torch.no_grad()
-def simulated(net, walk, k, shape, text, g, sampler="renoise"):
-    """x at the time walk[k], k (B,), on the path that the sampler takes from noise."""
-    x = torch.randn(shape, generator=g, device=walk.device)
-    for i in range(int(k.max())):
-        on = (k > i).nonzero()[:, 0]                            # pictures that go on
-        t, s = walk[i], walk[i + 1]
-        some = type(text)(*(None if y is None else y[on] for y in text))
-        x0 = predict(net, x[on], t.expand(len(on)), some)
-        after = x0 + s / t * (x[on] - x0)
-        if sampler == "renoise":
-            after = noised(x0, s.expand(len(on)), noise_like(x0, g))
-        x[on] = after                   # index_copy is wrong on MPS (PyTorch issue 160993)
-    return x
 
 def teacher_velocity(teacher, x, t, text: Text, steps: int):
     """The velocity from x_t straight to the x0 of so many Euler steps of the teacher."""
@@ -219,11 +203,7 @@ class Game:
         cfg, n = self.cfg, len(batch.x0)
         k = torch.randint(cfg.K, (n,), generator=g, device=self.device)
         t = self.walk[k]                                        # (B,)
-        if cfg.backward_simulation:
-            with autocast(self.device, self.bfloat16):
-                x_t = simulated(self.net, self.walk, k, batch.x0.shape, batch.text, g, cfg.sampler)
-        else:
-            x_t = noised(batch.x0, t, noise_like(batch.x0, g))
+        x_t = noised(batch.x0, t, noise_like(batch.x0, g))
         # a block of its own: autocast keeps weights that it has cast without gradients
         with autocast(self.device, self.bfloat16), torch.set_grad_enabled(turn):
             guess = predict(self.net, x_t, t, batch.text)       # (B, C, H, W)
@@ -328,12 +308,10 @@ class Game:
         data = (x_t - batch.x0) / a                             # the data's, eps - x0
         task = (v - data).square().mean((1, 2, 3))              # (B,)
         losses, values = {}, {"task": task.mean()}
-        if cfg.kd or cfg.backward_simulation:
+        if cfg.kd:
             theirs = teacher_velocity(self.teacher, x_t, t, text, cfg.kd_steps)
             losses["kd"] = (v - theirs).square().mean((1, 2, 3))
             values["kd"] = losses["kd"].mean()
-        if cfg.backward_simulation:                             # x_t belongs to no picture
-            return losses["kd"].mean(), values
         return self.mixed.scaled(task, losses, t)[0].mean(), values
 
 SHOWN = ("d_real", "d_fake", "accuracy", "pull_ratio", "fake_loss", "kd", "grad_generator", "lr")

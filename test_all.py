@@ -1958,19 +1958,6 @@ def test_a_discriminator_that_pulls_too_little_is_named():
     none, weak, right, strong = map(adv_distill.pull_warnings, [[], *logs])
     assert "0.01 times" in weak[0] and "20 times" in strong[0] and right == none == []
 
-@pytest.mark.parametrize("sampler", ["euler", "renoise"])
-def test_backward_simulation_walks_as_the_sampler_does(sampler):
-    walk, n = torch.tensor([1.0, 0.75, 0.5, 0.25]), 40000
-    k, g = torch.arange(n) % 4, torch.Generator().manual_seed(0)
-
-    def always_three(x, t, words):
-        return (x - 3) / t[:, None, None, None]
-    words = text.Tokens(k[:, None], k[:, None] >= 0)
-    x = adv_distill.simulated(always_three, walk, k, (n, 1, 1, 1), words, g, sampler).flatten()
-    for i, s in enumerate(walk.tolist()):
-        assert x[k == i].mean().item() == pytest.approx(3 * (1 - s), abs=0.04)
-        assert x[k == i].std().item() == pytest.approx(s, abs=0.03)
-
 @pytest.mark.parametrize("kind, at_zero", [
     ("paper", (2 * np.log(2), -np.log(2))),
     ("nonsaturating", (2 * np.log(2), np.log(2))),

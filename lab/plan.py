@@ -120,8 +120,6 @@ def plan_adversarial(p: Planner, cfg: AdvConfig):
     turns = 1 / cfg.generator_every             # the generator's steps, of all
     p.trained("generator", TextToLatents(student, replace(text)), cfg.muon_lr, average=True)
     p.flops = S + turns * 2 * S                 # forward always, backward in its turn
-    if cfg.backward_simulation:
-        p.flops += (cfg.K - 1) / 2 * S          # on the way to x_t, on average
     if cfg.kd_weight:
         p.flops += turns * cfg.kd_steps * T
     p.frozen("teacher", seen if cfg.has_critic else teacher, cfg.has_critic)
