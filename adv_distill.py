@@ -26,6 +26,7 @@ from tqdm import tqdm
 import plots
 from adversaries import (
     Critic,
+    add_training,
     critic_loss,
     dmd_gradient,
     fake_score,
@@ -77,6 +78,8 @@ READY = 0.62        # of the discriminator's answers are right: the generator be
 class AdvConfig(DistillConfig):
     out: str = "runs/adv_nano"
     init: str = "runs/nano"         # the student: its networks, text and flow are taken over
+    faster: str = ""                # a few-step student of init's own init: the student begins with
+                                    # its steps, or learns them from nothing
     teacher: str = ""               # empty: the student itself, frozen
     teacher_cfg: float = option(3.0, low=0)     # guidance that is distilled in, at all K times
     kd_steps: int = option(2, low=1, high=1000)  # Euler steps of the teacher from x_t to its x0
@@ -322,6 +325,11 @@ def distil(cfg: AdvConfig):
     check_size(cfg, student, cfg.init)
     own = {k: student[k] for k in ("arch", "model", "mmdit", "text", "flow") if k in student}
     check_config(fill(cfg, own, cfg.init), cfg.init)
+    if cfg.faster and not student["init"]:
+        raise UserError(f"{cfg.init} was trained from no other checkpoint: faster wants one that "
+                        "was, and a few-step student of that other one")
+    if cfg.faster:
+        add_training(net, student["init"], cfg.faster)
     cfg.teacher = cfg.teacher or cfg.init
     cfg.shift = cfg.shift or cfg.flow.shift
     net.requires_grad_(True).train()

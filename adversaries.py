@@ -1,5 +1,5 @@
 """What the student of adv_distill.py plays against: the discriminator, the fake score, and the
-teacher's own pictures, where they are what is real.
+teacher's own pictures, where they are what is real. And what it begins with.
 
 The discriminator is small trained heads on a frozen denoiser's features. Real pictures and the
 student's predictions are noised to the same time t' with the same noise, and each head says for
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from costs import tap_names, tap_shape
+from common import UserError
 from data import BATCH, Batch, content_key, kept_tensors, rows_in_parts, wordings
 from distill import Teacher, find_teacher
 from model import load_model
@@ -149,6 +150,20 @@ def fake_score(cfg, net, device):
         if real.denoiser.cfg == net.denoiser.cfg and real.text_cfg == net.text_cfg:
             fake = real
     return fake.requires_grad_(True).train()
+
+def add_training(net, before: str, after: str):
+    """Adds to the student's weights what a training changed between two other checkpoints of its
+    network. What learns to draw in few steps moves weights little, and it fits any fine-tuning of
+    the same network (Luo et al. 2023, LCM-LoRA, section 3.2). UserError where it is another one."""
+    start, end = (load_model(path)[0] for path in (before, after))
+    own, old, new = (x.state_dict() for x in (net, start, end))
+    forms = [{key: x.shape for key, x in state.items()} for state in (own, old, new)]
+    if forms[1:] != forms[:-1] or not net.files() == start.files() == end.files():
+        raise UserError(f"{after} and {before} are not both of the student's network and "
+                        "vocabulary: set faster=\"\", and the student learns few steps anew")
+    with torch.no_grad():
+        for key, x in own.items():
+            x += (new[key] - old[key]).to(x.device)
 
 def teachers_latents(cfg, teacher: Teacher, latents, vocabulary) -> torch.Tensor:
     """What the guided teacher draws for the scenes of `latents`, in 14 steps of dpmpp, each with

@@ -1237,8 +1237,9 @@ def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
     said = succeeds(*asked, "--checker", eye, "--out", tmp_path / "new")
     assert "single" in said and "three" in said
     succeeds(*asked, "--old", "--out", tmp_path / "old")
-    succeeds("adv_distill.py", "--config", "configs/adv_add.toml", f"init={add}", *few,
-             f"out={tmp_path / 'fast'}")
+    student = ["adv_distill.py", "--config", "configs/adv_add.toml", f"init={add}", *few]
+    succeeds(*student, f"faster={pipeline('gan')}", f"out={tmp_path / 'fast'}")
+    fails_in_one_line(command(*student, f"out={tmp_path / 'none'}"), "assets/fast", 'faster=""')
     asked = ["sample.py", "a blorp", "a zebra", "--ckpt", tmp_path / "fast", "--out"]
     said = succeeds(*asked, tmp_path / "a.png")
     assert "zebra: not among" in said and "blorp: not" not in said
@@ -1957,6 +1958,17 @@ def test_a_discriminator_that_pulls_too_little_is_named():
     logs = [[{"step": "1", "pull_ratio": x}, {"step": "2"}] for x in ("0.01", "0.7", "20")]
     none, weak, right, strong = map(adv_distill.pull_warnings, [[], *logs])
     assert "0.01 times" in weak[0] and "20 times" in strong[0] and right == none == []
+
+def test_what_a_student_learned_is_added_to_another_training(pipeline, tmp_path):
+    before, after = pipeline("train"), pipeline("gan")
+    nets = [model.load_model(path)[0] for path in (before, after, pipeline("distill"))]
+    start, end, own = ({k: x.clone() for k, x in net.state_dict().items()} for net in nets)
+    adversaries.add_training(nets[2], before, after)
+    for key, x in nets[2].state_dict().items():
+        assert torch.equal(x, own[key] + (end[key] - start[key]))
+    assert any(not torch.equal(start[key], end[key]) for key in start)
+    with pytest.raises(common.UserError, match="faster="):
+        adversaries.add_training(tiny_model(), before, after)
 
 @pytest.mark.parametrize("kind, at_zero", [
     ("paper", (2 * np.log(2), -np.log(2))),
