@@ -114,7 +114,7 @@ class AdvConfig(DistillConfig):
     # dmd
     dmd_weight: float = option(1.0, low=0)
     fake_lr: float = option(5e-4, above=0)
-    steps: int = option(2000, low=1)
+    steps: int = option(2000, low=0)            # 0: what `faster` gives, and no training
     lr: float = option(2e-4, above=0)
 
     def check(self):
