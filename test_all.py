@@ -1238,8 +1238,11 @@ def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
     assert "single" in said and "three" in said
     succeeds(*asked, "--old", "--out", tmp_path / "old")
     student = ["adv_distill.py", "--config", "configs/adv_add.toml", f"init={add}", *few]
-    succeeds(*student, f"faster={pipeline('gan')}", f"out={tmp_path / 'fast'}")
-    fails_in_one_line(command(*student, f"out={tmp_path / 'none'}"), "assets/fast", 'faster=""')
+    student.append(f"faster={pipeline('gan')}")
+    succeeds(*student, f"out={tmp_path / 'trained'}")
+    succeeds(*student, "steps=0", f"out={tmp_path / 'fast'}")
+    fails_in_one_line(command(*student, "faster=assets/fast", f"out={tmp_path / 'none'}"),
+                      "student's network", 'faster=""')
     asked = ["sample.py", "a blorp", "a zebra", "--ckpt", tmp_path / "fast", "--out"]
     said = succeeds(*asked, tmp_path / "a.png")
     assert "zebra: not among" in said and "blorp: not" not in said
