@@ -358,7 +358,9 @@ def distil(cfg: AdvConfig):
         game.prepare_critic(batches, rank, world)
         run.restart_clock()
     report = partial(report_health, cfg, run, game, ae, held_out, validation, prompts, few)
-    if run.lacks("val"):
+    if not cfg.steps:
+        run.save()
+    if run.lacks("val") or (run.main and not cfg.steps):
         report()
 
     for step in run.steps():
