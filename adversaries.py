@@ -16,8 +16,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from costs import tap_names, tap_shape
 from common import UserError
+from costs import tap_names, tap_shape
 from data import BATCH, Batch, content_key, kept_tensors, rows_in_parts, wordings
 from distill import Teacher, find_teacher
 from model import load_model
