@@ -121,6 +121,8 @@ class AdvConfig(DistillConfig):
         super().check()
         if self.featkd or self.accumulate != 1:
             raise UserError("featkd and accumulate are distill.py's: take a larger batch here")
+        if not self.steps and not self.faster:
+            raise UserError("steps=0 trains nothing: it wants faster=, a few-step student")
         if self.wrong_captions and self.batch < 2:
             raise UserError("wrong_captions gives a picture its neighbour's caption: batch=2 or "
                             "more has neighbours")

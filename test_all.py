@@ -1243,6 +1243,7 @@ def test_your_own_thing_goes_through_all_stages(pipeline, tmp_path):
     succeeds(*student, "steps=0", f"out={tmp_path / 'fast'}")
     fails_in_one_line(command(*student, "faster=assets/fast", f"out={tmp_path / 'none'}"),
                       "student's network", 'faster=""')
+    fails_in_one_line(command(*student, "faster=", "steps=0"), "steps=0", "faster=")
     asked = ["sample.py", "a blorp", "a zebra", "--ckpt", tmp_path / "fast", "--out"]
     said = succeeds(*asked, tmp_path / "a.png")
     assert "zebra: not among" in said and "blorp: not" not in said
