@@ -154,7 +154,7 @@ def fake_score(cfg, net, device):
 def add_training(net, before: str, after: str):
     """Adds to the student's weights what a training changed between two other checkpoints of its
     network. What learns to draw in few steps moves weights little, and it fits any fine-tuning of
-    the same network (Luo et al. 2023, LCM-LoRA, section 3.2). UserError where it is another one."""
+    the same network (Luo et al. 2023, LCM-LoRA). UserError where it is another one."""
     start, end = (load_model(path)[0] for path in (before, after))
     own, old, new = (x.state_dict() for x in (net, start, end))
     forms = [{key: x.shape for key, x in state.items()} for state in (own, old, new)]
