@@ -55,13 +55,7 @@ KD_ROWS = {     # of DistillConfig
     "features, timestep-aware": ["kd=false"],
     "both, timestep-aware": [],
     "both, no data": ["scaling=constant", "alpha=0.0"],
-    "output, no data": ["featkd=false", "scaling=constant", "alpha=0.0"],
-    "output, no data, no ratio": ["featkd=false", "scaling=constant", "alpha=0.0", "ratio=none"],
-    "output, no data, guidance 2": ["featkd=false", "scaling=constant", "alpha=0.0",
-                                    "teacher_cfg=2.0"],
 }
-# its student has learned guidance 2: drawn with 2 more, it has the 4 of all others
-SCORED_WITH = {"output, no data, guidance 2": ["--cfg", "2"]}
 LONGER = "alone, as long as the slowest"
 TEACHER = "the teacher"
 ADV_ROWS = {    # of AdvConfig
@@ -148,7 +142,6 @@ def seed_commands(args, rows: dict[str, list[str]], base: Path, seeds) -> dict:
         for row, keys in rows.items():
             out = base / row_folder(row, seed)
             commands[out.name] = row_commands(args, "distill.py", out, [*keys, f"seed={seed}"])
-            commands[out.name][1] += SCORED_WITH.get(row, [])
     return commands
 
 def scored_runs(row: str, base: Path) -> list[Path]:
