@@ -2733,7 +2733,7 @@ def test_grid_rows_go_on_where_they_stopped(tmp_path):
     assert (tmp_path / "b.txt").read_text().split() == ["first", "first"]
     common.write_log(tmp_path / "a/log.csv", [{"step": 7, "val": 1}])       # finished, but of old
     said = command("lab.grids", "ablation", f"out={tmp_path}", "--rows", "a")
-    fails_in_one_line(said, "7 steps, not for 800: delete it")
+    fails_in_one_line(said, "7 steps, not for 1200: delete it")
 
 def test_distillation_grid_compares_at_equal_time(pipeline, tmp_path, monkeypatch, capsys):
     from lab import grids
